@@ -7,6 +7,8 @@ from typing import Any as _Any
 from rankworks import deltas as _deltas  # noqa: F401 - registers the methods
 from rankworks import export as _export  # noqa: F401 - registers the reader of PEFT's folders
 from rankworks import inits as _inits  # noqa: F401 - registers the initialisers
+from rankworks import ranks as _ranks  # noqa: F401 - registers the rank schedules
+from rankworks import select as _select  # noqa: F401 - registers the selections
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
 from rankworks.core.merge import is_merged, merge, unmerge

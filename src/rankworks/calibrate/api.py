@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from rankworks.calibrate.statistics import STATISTICS, Statistic
 from rankworks.calibrate.tap import expert_part, inputs_of, part, tap
-from rankworks.core.build import Evidence, resolve
+from rankworks.core.build import needs_of, resolve
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
+from rankworks.core.evidence import Evidence, Need, as_needs
 from rankworks.core.progress import track
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
@@ -22,15 +23,15 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Kept = dict[str, dict[str, Statistic]]
 
 
-def needed(model: nn.Module, spec: AdaptSpec) -> tuple[str, ...]:
+def needed(model: nn.Module, spec: AdaptSpec) -> tuple[Need, ...]:
     """Return what an adapter of this spec needs to know from data, in a fixed order; often nothing."""
-    return tuple(sorted({what for _, delta in resolve(model, spec) for what in delta.method.cls.needs(delta)}))
+    return needs_of(resolve(model, spec), spec)
 
 
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
-    needs: Sequence[str] = ("gradient",),
+    needs: Sequence[str | Need] | AdaptSpec = ("gradient",),
     *,
     targets: str | Sequence[str] = "all-linear",
     exclude: Sequence[str] = (),
@@ -43,7 +44,8 @@ def calibrate(
         model: the model as it is; in the end its tensors, flags, hooks and mode are what they were.
         data: batches, each used once in its order: mappings of the model's keyword arguments (with labels), or
             whatever `loss` takes.
-        needs: names of statistics (`calibrate.STATISTICS`), such as "gradient" or "input_second_moment".
+        needs: names of statistics (`calibrate.STATISTICS`), such as "gradient" or "input_second_moment", or the
+            `AdaptSpec` of an adapter: then what it needs is measured at its sites.
         targets, exclude: which weights, as in `adapt`.
         loss: `loss(model, batch)`, a scalar; by default `model(**batch).loss`.
         progress: show a bar where it takes long.
@@ -52,11 +54,15 @@ def calibrate(
     the model's device no more than about one layer's gradient exists at a time. Raises `ConfigError`,
     `UnknownNameError` or `TargetError`.
     """
-    _check(needs)
-    sites = find_sites(model, targets, exclude)
-    kept: Kept = {site.name: {name: STATISTICS[name]() for name in needs} for site in sites}
-    backward = any(STATISTICS[name].backward for name in needs)
-    _refuse(sites, needs)
+    if isinstance(needs, AdaptSpec):
+        resolved = resolve(model, needs)
+        sites, wanted = [site for site, _ in resolved], needs_of(resolved, needs)
+    else:
+        sites, wanted = find_sites(model, targets, exclude), as_needs(needs)
+    _check(wanted)
+    kept: Kept = {site.name: {n.name: STATISTICS[n.name](**n.options) for n in wanted} for site in sites}
+    backward = any(STATISTICS[n.name].backward for n in wanted)
+    _refuse(sites, [n.name for n in wanted])
     loss = loss or _model_loss
     count = 0
     with ExitStack() as stack:
@@ -77,7 +83,16 @@ def calibrate(
             "these data, so nothing could be measured there: leave it out of targets (exclude), or give data that use "
             "it."
         )
-    return {name: {what: s.result() for what, s in found.items()} for name, found in kept.items()}
+    return {name: _results(found) for name, found in kept.items()}
+
+
+def _results(found: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Return one site's results; the parts of a statistic that has several are "name.part"."""
+    results: dict[str, Tensor] = {}
+    for name, statistic in found.items():
+        result = statistic.result()
+        results |= {name: result} if isinstance(result, Tensor) else {f"{name}.{k}": t for k, t in result.items()}
+    return results
 
 
 class _Watch:
@@ -204,10 +219,10 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-def _check(needs: Sequence[str]) -> None:
-    for name in needs:
-        if name not in STATISTICS:
-            raise UnknownNameError(f"no statistic is called {name!r}.{did_you_mean(name, STATISTICS)}")
+def _check(needs: Sequence[Need]) -> None:
+    for need in needs:
+        if need.name not in STATISTICS:
+            raise UnknownNameError(f"no statistic is called {need.name!r}.{did_you_mean(need.name, STATISTICS)}")
 
 
 def _refuse(sites: Sequence[Site], needs: Sequence[str]) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from rankworks.core.adapt import disabled
 from rankworks.core.block import Block
-from rankworks.core.build import Evidence
 from rankworks.core.errors import ConfigError
+from rankworks.core.evidence import Evidence
 from rankworks.core.state import NAME, state_of
 from rankworks.core.targets import find_sites
 from rankworks.deltas.locas import Locas

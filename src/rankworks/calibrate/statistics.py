@@ -5,12 +5,14 @@ A new one is a class here with a name in `STATISTICS`: `backward` says whether i
 
     gradient              mean over batches of G, the gradient of the batch's loss in the weight     (out, in)
     gradient_magnitude    mean over batches of |G|                                                   (out, in)
+    fisher                mean over batches of G^2, the diagonal of the empirical Fisher matrix where a batch is
+                          one sample                                                                 (out, in)
     input_second_moment   mean over tokens of x x^T, x what the weight multiplies                    (in, in)
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +31,13 @@ class Statistic:
     def gradient(self, G: Tensor) -> None:
         """Take the gradient (out, in) of one batch's loss, over all uses of the layer in it."""
 
-    def result(self) -> Tensor:
-        """Return the mean."""
+    def result(self) -> Tensor | dict[str, Tensor]:
+        """Return the mean; a statistic of several parts returns them by name."""
         raise TypeError(f"{type(self).__name__} must define result()")
 
-    @classmethod
-    def shape(cls, shape: Shape) -> tuple[int, int]:
-        """Return the size of the result at a weight of this shape."""
-        return (shape.out, shape.in_)
+    def example(self, shape: Shape, generator: torch.Generator) -> Tensor | dict[str, Tensor]:
+        """Return a random result for a weight of this shape, for tests of what starts from it."""
+        return torch.randn(shape.out, shape.in_, generator=generator)
 
 
 class Gradient(Statistic):
@@ -69,6 +70,21 @@ class GradientMagnitude(Gradient):
     def _of(self, G: Tensor) -> Tensor:
         return G.abs()
 
+    def example(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        """Not negative."""
+        return torch.randn(shape.out, shape.in_, generator=generator).abs()
+
+
+class Fisher(Gradient):
+    """The mean squared gradient of the weight."""
+
+    def _of(self, G: Tensor) -> Tensor:
+        return G.to(torch.promote_types(G.dtype, torch.float32)).square()
+
+    def example(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        """Not negative."""
+        return torch.randn(shape.out, shape.in_, generator=generator).square()
+
 
 class InputSecondMoment(Statistic):
     """The mean outer product of the inputs."""
@@ -89,14 +105,15 @@ class InputSecondMoment(Statistic):
         assert self.total is not None
         return self.total / self.tokens
 
-    @classmethod
-    def shape(cls, shape: Shape) -> tuple[int, int]:
-        """As many rows and columns as the weight reads features."""
-        return (shape.in_, shape.in_)
+    def example(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        """Of as many random inputs as there are features, and a few more."""
+        x = torch.randn(shape.in_ + 4, shape.in_, generator=generator)
+        return x.t() @ x / len(x)
 
 
-STATISTICS: dict[str, type[Statistic]] = {
+STATISTICS: dict[str, Any] = {
     "gradient": Gradient,
     "gradient_magnitude": GradientMagnitude,
+    "fisher": Fisher,
     "input_second_moment": InputSecondMoment,
 }

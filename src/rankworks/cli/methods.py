@@ -66,7 +66,7 @@ def _list(out: Output, chosen: list[Method]) -> None:
 
 def _page(out: Output, method: Method) -> None:
     """Print everything about one method."""
-    out.head(f"{method.title}  ({method.axis}={method.key})")
+    out.head(f"{method.title}  ({method.tag}={method.key})")
     kinds = getattr(method.cls, "kinds", None)
     shown = {"source": f"{method.paper} ({method.year})", "class": method.origin}
     if kinds:
@@ -85,7 +85,7 @@ def _page(out: Output, method: Method) -> None:
             listed.add_row(row["name"], _yaml(row["default"]), row["values"], row["help"])
         out.show(listed)
     out.head("try it")
-    out.show("  " + command("train", "FILE.yaml", f"adapt.{method.axis}={method.key}"))
+    out.show("  " + command("train", "FILE.yaml", f"adapt.{method.tag}={method.key}"))
     if method.axis == "delta":
         out.show("  " + command("plan", "--model", "smollm2-135m", "--delta", method.key))
         out.show("  " + command("check", method.key))
@@ -102,7 +102,7 @@ def settings(method: Method) -> list[dict[str, Any]]:
     """Return the settings of a method: name, default, values (type and limits) and help."""
     rows = []
     for name, field in method.Spec.model_fields.items():
-        if name == method.axis:
+        if name == method.tag:
             continue
         default = field.get_default(call_default_factory=True)
         default = default.model_dump(mode="json") if hasattr(default, "model_dump") else default

@@ -17,8 +17,9 @@ from rankworks.conformance import models
 from rankworks.conformance.errors import NotApplicable
 from rankworks.core.adapt import adapt
 from rankworks.core.block import BLOCKS
-from rankworks.core.build import Evidence, reasons_against
+from rankworks.core.build import needs_of, reasons_against, resolve
 from rankworks.core.errors import RankworksError
+from rankworks.core.evidence import Evidence
 from rankworks.core.registry import Method, MethodSpec, methods
 from rankworks.core.site import KINDS, Site
 from rankworks.core.spec import AdaptSpec
@@ -81,15 +82,16 @@ class Case:
 
 
 def evidence_for(model: nn.Module, spec: AdaptSpec) -> Evidence:
-    """Return what the method needs to know from data at every site: seeded random numbers of the statistic's shape."""
+    """Return what the method needs to know from data at every site: seeded random examples of each statistic."""
     evidence: dict[str, dict[str, Tensor]] = {}
-    for site in find_sites(model, spec.targets, (), spec.delta.method.cls.kinds):
+    for site, settings in resolve(model, spec):
         generator = torch.Generator().manual_seed(len(site.name) + sum(site.name.encode()))
-        for need in spec.delta.method.cls.needs(spec.delta):
-            if need not in STATISTICS:
-                raise NotApplicable(f"it starts from {need!r}, which the suite cannot make up")
-            numbers = torch.randn(STATISTICS[need].shape(site.shape), generator=generator)
-            evidence.setdefault(site.name, {})[need] = numbers
+        for need in needs_of([(site, settings)], spec):
+            if need.name not in STATISTICS:
+                raise NotApplicable(f"it starts from {need.name!r}, which the suite cannot make up")
+            made = STATISTICS[need.name](**need.options).example(site.shape, generator)
+            parts = {need.name: made} if isinstance(made, Tensor) else {f"{need.name}.{k}": t for k, t in made.items()}
+            evidence.setdefault(site.name, {}).update(parts)
     return evidence
 
 
@@ -106,7 +108,10 @@ def biasless(spec: AdaptSpec, site: Site) -> bool:
 def base_case(method: Method, kind: str = "linear") -> Case:
     """Return the case of a method's default settings, with a small rank where it has one."""
     if method.axis == "init":
-        return Case(method, kind, {"delta": "lora", "rank": RANK, "init": method.key})
+        delta = "lora" if 2 in method.cls.fills else "lora-xs"  # type: ignore[attr-defined]
+        return Case(method, kind, {"delta": delta, "rank": RANK, "init": method.key})
+    if method.axis in ("rank", "selection"):
+        return Case(method, kind, {"delta": "lora", "rank": RANK, method.tag: method.key})
     small = {"rank": RANK} if "rank" in method.cls.accepted({}) else {}  # type: ignore[attr-defined]
     return Case(method, kind, {"delta": method.key, **small})
 
@@ -133,8 +138,8 @@ def variant_cases(method: Method) -> list[Case]:
     for name, info in method.Spec.model_fields.items():
         for value in _choices(name, info, method):
             given = {name: value}
-            if method.axis == "init":
-                given = {"init": {"init": method.key, name: value}}
+            if method.axis != "delta":
+                given = {method.tag: {method.tag: method.key, name: value}}
             case = first.with_settings(f"{name}={value}", **given)
             if method.axis == "delta" and "rank" not in method.cls.accepted(case.settings):  # a delta inside has none
                 case = replace(case, settings={k: v for k, v in case.settings.items() if k != "rank"})
@@ -145,7 +150,7 @@ def variant_cases(method: Method) -> list[Case]:
 def _choices(name: str, info: FieldInfo, method: Method) -> list[Any]:
     """Return the other values of one setting that are worth a case of their own."""
     note, default = info.annotation, info.default
-    if name in (method.axis, "seed"):
+    if name in (method.tag, "seed"):
         return []
     if get_origin(note) is Literal:
         return [v for v in get_args(note) if v != default]

@@ -10,8 +10,9 @@ from torch import nn
 
 from rankworks.core import full as full_modules
 from rankworks.core import merge, shortcuts
-from rankworks.core.build import Evidence, check, make_adapter, refuse_overlap, refuse_unreachable, resolve
+from rankworks.core.build import allocated, check, make_adapter, refuse_overlap, refuse_unreachable, resolve
 from rankworks.core.errors import ConfigError
+from rankworks.core.evidence import Evidence
 from rankworks.core.layer import host_of, unwrap, wrap
 from rankworks.core.registry import MethodSpec
 from rankworks.core.spec import AdaptSpec
@@ -53,6 +54,7 @@ def adapt(
         merge.refuse_merged(existing, "add to")
     resolved = resolve(model, spec)
     check(resolved, spec, evidence or {})
+    resolved = allocated(resolved, spec, evidence or {})
     modules = find_modules(model, spec.full)
     state = existing if existing is not None else State()
     refuse_overlap([site for site, _ in resolved], modules, state)

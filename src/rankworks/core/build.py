@@ -7,20 +7,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankworks.core.bank import Bank
 from rankworks.core.config import read
 from rankworks.core.delta import Delta
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError, TargetError
+from rankworks.core.evidence import Evidence, Need, as_needs
 from rankworks.core.holders import is_turned
 from rankworks.core.progress import track
 from rankworks.core.registry import MethodSpec
 from rankworks.core.site import Shape, Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import Adapter, State, make_bank
-from rankworks.core.targets import check_overrides, find_sites, override_for
+from rankworks.core.targets import check_overrides, depth_of, find_sites, override_for
 from rankworks.core.tied import share, twins
 
 BIASLESS = ("embedding", "expert")  # kinds of site that never have a bias
@@ -29,11 +30,42 @@ BIASLESS = ("embedding", "expert")  # kinds of site that never have a bias
 def resolve(model: nn.Module, spec: AdaptSpec) -> list[tuple[Site, MethodSpec]]:
     """Return every site with the settings it gets. Raises once, naming every problem."""
     sites = find_sites(model, spec.targets, spec.exclude, spec.delta.method.cls.kinds)
+    if spec.select is not None:
+        sites = _selected(model, sites, spec.select)
     depth = check_overrides(model, sites, spec.overrides)
     resolved = []
     for site in sites:
         changes = override_for(site, spec.overrides, depth)
         resolved.append((site, spec.delta.replace(**changes) if changes else spec.delta))
+    return resolved
+
+
+def _selected(model: nn.Module, sites: list[Site], select: MethodSpec) -> list[Site]:
+    """Return the sites that the selection keeps."""
+    chosen = set(select.method.cls(select).choose(sites, depth_of(model)))  # type: ignore[call-arg]
+    kept = [site for site in sites if site.name in chosen]
+    if not kept:
+        raise TargetError(f"the selection {select.key!r} leaves no site to adapt: widen targets, or let it keep more.")
+    return kept
+
+
+def needs_of(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec) -> tuple[Need, ...]:
+    """Return what an adapter must know from data before it starts, each statistic once."""
+    wanted = [need for _, delta in resolved for need in delta.method.cls.needs(delta)]
+    for other in (spec.init, spec.ranks):
+        wanted += [] if other is None else other.method.cls.needs(other)
+    return as_needs(wanted)
+
+
+def allocated(
+    resolved: list[tuple[Site, MethodSpec]], spec: AdaptSpec, evidence: Evidence
+) -> list[tuple[Site, MethodSpec]]:
+    """Return the sites with the ranks that the initialiser and the rank schedule give them before the start."""
+    for other in (spec.init, spec.ranks):
+        if other is None or any(site.tensor.is_meta for site, _ in resolved):
+            continue
+        changes = other.method.cls(other).allocate(resolved, evidence)  # type: ignore[call-arg]
+        resolved = [(s, d.replace(**changes[s.name]) if changes.get(s.name) else d) for s, d in resolved]
     return resolved
 
 
@@ -47,16 +79,17 @@ def check(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec, evidence
                 "gradients, and no gradient passes them any more: load the model again and adapt it before it is used"
             )
             problems.setdefault(reason, []).append(site.name)
-        missing = set(settings.method.cls.needs(settings)) - set((evidence or {}).get(site.name, {}))
+        known = (evidence or {}).get(site.name, {})
         measured = evidence is None or site.tensor.is_meta  # shapes alone are adapted without data
-        for what in () if measured else sorted(missing):
-            reason = (
-                f"{settings.key} starts from the {what} of each weight, measured on data: give evidence="
-                "rankworks.calibrate(model, data, ...), or train from a recipe, which measures it first"
-            )
-            problems.setdefault(reason, []).append(site.name)
-        for field in settings.method.cls.one_for_all:
-            mine, common = getattr(settings, field), getattr(spec.delta, field)
+        for need in () if measured else needs_of([(site, settings)], spec):
+            if not need.met(known):
+                reason = (
+                    f"{settings_title(spec)} starts from the {need.name} of each weight, measured on data: give "
+                    "evidence=rankworks.calibrate(model, data, spec), or train from a recipe, which measures it first"
+                )
+                problems.setdefault(reason, []).append(site.name)
+        for field, mine in settings.method.cls.common(settings).items():
+            common = spec.delta.method.cls.common(spec.delta)[field]
             if mine != common:
                 reason = (
                     f"{field} is {mine} here and {common} elsewhere, but {settings.key} shares tensors among all sites "
@@ -76,12 +109,20 @@ def reasons_against(site: Site, settings: MethodSpec, spec: AdaptSpec) -> list[s
         return [f"{settings.key} does not take sites of kind {site.kind!r} (it takes {', '.join(cls.kinds)})"]
     reasons = list(cls.problems(settings, site.shape))
     rank = cls.factored_rank(settings)
+    factors = cls.factor_count(settings)
     if rank is None and spec.init.key != "default":
         reasons.append(
             f"the initialiser {spec.init.key!r} fills a factor pair, which {settings.key!r} lacks: leave init out"
         )
+    elif spec.init.key != "default" and factors not in spec.init.method.cls.fills:
+        reasons.append(
+            f"the initialiser {spec.init.key!r} fills {' or '.join(map(str, spec.init.method.cls.fills))} factors and "
+            f"{settings.key!r} has {factors}: choose another initialiser"
+        )
     elif rank and not reasons:
         reasons += spec.init.method.cls(spec.init).problems(site.shape, rank)
+    if spec.ranks is not None and not reasons:
+        reasons += _against_ranks(settings, spec, site.shape)
     if site.kind in BIASLESS and cls.changes_bias(settings):
         reasons.append(
             f"a site of kind {site.kind!r} has no bias, and {settings.key} would train one: set bias False there"
@@ -98,6 +139,24 @@ def reasons_against(site: Site, settings: MethodSpec, spec: AdaptSpec) -> list[s
         )
     if site.kind == "embedding" and getattr(site.module, "max_norm", None) is not None:
         reasons.append("the embedding rewrites its own rows (max_norm), so a change of it is not defined")
+    return reasons
+
+
+def _against_ranks(settings: MethodSpec, spec: AdaptSpec, shape: Shape) -> list[str]:
+    """Return why the rank schedule cannot act on a change of these settings."""
+    assert spec.ranks is not None
+    cls: Any = spec.ranks.method.cls
+    reasons = list(cls(spec.ranks).problems(settings, shape))
+    if cls.inits is not None and spec.init.key not in cls.inits:
+        reasons.append(
+            f"{spec.ranks.key} sets its own start, or acts on factors that {spec.init.key!r} takes out of the base: "
+            f"choose init {' or '.join(cls.inits)}"
+        )
+    delta: Any = settings.method.cls
+    if cls.pairs and (delta.factored_rank(settings) is None or delta.factor_count(settings) != 2):
+        reasons.append(
+            f"{spec.ranks.key} cuts or adds ranks of a trained pair B A, which {settings.key} lacks: choose lora, dora"
+        )
     return reasons
 
 
@@ -161,8 +220,6 @@ def make_adapter(
     return Adapter(name, spec, {s.name: s for s, _ in resolved}, deltas, banks=keys, shared=shared)
 
 
-Evidence = Mapping[str, Mapping[str, Tensor]]
-"""What was measured on data: {site name: {"gradient": (out, in), ...}}."""
 Banks = dict[str, tuple[Bank | None, str | None]]
 
 
@@ -191,8 +248,12 @@ def _make_deltas(
     evidence: Evidence,
 ) -> dict[str, Delta]:
     """Return the deltas by site name."""
-    owners = twins(model, [site for site, _ in resolved]) if spec.tied == "shared" else {}
+    sites = [site for site, _ in resolved]
+    owners = twins(model, sites) if spec.tied == "shared" else {}
+    if spec.select is not None:
+        owners = {**owners, **spec.select.method.cls(spec.select).owners(sites)}  # type: ignore[call-arg]
     initialiser = spec.init.method.cls(spec.init)
+    schedule = None if spec.ranks is None else spec.ranks.method.cls(spec.ranks)
     deltas: dict[str, Delta] = {}
     for site, settings in track(resolved, f"{settings_title(spec)}: starting factors"):
         if site.name in owners:
@@ -205,6 +266,8 @@ def _make_deltas(
         delta.setup(weight)
         if start:
             delta.reset(weight, initialiser)
+            if schedule is not None:
+                schedule.prepare(delta)
         delta.train(site.module.training)
         for part in delta.modules():
             if isinstance(part, Delta):
@@ -217,8 +280,11 @@ def _make_deltas(
 
 def settings_title(spec: AdaptSpec) -> str:
     """Return `LoRA (pissa)` and the like, for progress bars."""
+    others = [spec.init.key] * (spec.init.key != "default") + [
+        s.key for s in (spec.ranks, spec.select) if s is not None
+    ]
     title = spec.delta.method.title
-    return title if spec.init.key == "default" else f"{title} ({spec.init.key})"
+    return f"{title} ({', '.join(others)})" if others else title
 
 
 def differences(settings: MethodSpec, common: MethodSpec) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankworks.core.bank import Bank
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError, MergeError
+from rankworks.core.evidence import Need
 from rankworks.core.fields import HasSettings
 from rankworks.core.inputs import Input
 from rankworks.core.registry import MethodSpec
@@ -110,7 +111,7 @@ class Delta(HasSettings, nn.Module):
         super().__init__()
         self.spec = spec
         for name in type(spec).model_fields:
-            if name != spec.method.axis:
+            if name != spec.method.tag:
                 setattr(self, name, getattr(spec, name))
         self.shape, self.kind = shape, kind
         self.draw = draw
@@ -171,13 +172,38 @@ class Delta(HasSettings, nn.Module):
         """The delta with `factors` and `dropout` whose A reads the layer's own input, where siblings may share that."""
         return None
 
+    @property
+    def pair(self) -> Delta | None:
+        """The delta, itself or one inside, whose trained factors B A (core/lowrank.py) a rank schedule may cut."""
+        return None
+
+    def gated(self, gate: Tensor) -> Factors:
+        """Return the factors B diag(gate) A of the change, where it has factors; `gate` (k,) scales its k ranks."""
+        factors = self.factors()
+        if factors is None:
+            raise TypeError(f"{type(self).__name__} has no factors to put a gate between")
+        return Factors(factors.B, gate.to(factors.A.dtype).unsqueeze(1) * factors.A)
+
+    def current_spec(self) -> MethodSpec:
+        """Return the settings as they are now: a schedule changes a site's rank in training."""
+        return self.spec
+
+    def adopt(self, spec: MethodSpec) -> None:
+        """Take the settings of a saved state, whose tensors may then be of another shape, and make room for them."""
+        self.spec = spec
+
     def reset(self, weight: Tensor, init: Any) -> None:
         """Start from the initialiser `init`; a delta without a factor pair starts in `setup`."""
 
     @classmethod
-    def needs(cls, spec: Any) -> tuple[str, ...]:
+    def needs(cls, spec: Any) -> tuple[str | Need, ...]:
         """Return what must be measured on data before the start: names of `evidence`, such as "gradient" (out, in)."""
         return ()
+
+    @classmethod
+    def common(cls, spec: Any) -> dict[str, Any]:
+        """Return the settings that must be equal at all sites, by name: those of `one_for_all`."""
+        return {name: getattr(spec, name) for name in cls.one_for_all}
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
@@ -202,7 +228,17 @@ class Delta(HasSettings, nn.Module):
 
     @classmethod
     def factored_rank(cls, spec: Any) -> int | None:
-        """Return the rank of the factor pair that an initialiser fills, or None where there is no such pair."""
+        """Return the rank of the factors that an initialiser fills, or None where there are no such factors."""
+        return None
+
+    @classmethod
+    def factor_count(cls, spec: Any) -> int:
+        """Return how many factors an initialiser fills: 2 for B A, 3 for B C A with a core C."""
+        return 2
+
+    @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int | None:
+        """Return how many ranks the `factors` have between them, where gates may stand there, else None."""
         return None
 
     @classmethod

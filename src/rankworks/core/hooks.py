@@ -4,6 +4,7 @@ A hook subclasses `Hook` and overrides what it needs. A delta that needs one ret
 loop calls it, and `train.HookCallback` carries it into the HF Trainer and TRL's trainers, at the same moments:
 
     before_forward   before the forward pass of every micro-batch
+    penalty          once per optimizer step: a term of the weights that is added to the loss, before clipping
     after_backward   once per optimizer step, when the gradients are complete and clipped, before the optimizer acts
     after_step       once per optimizer step, after the optimizer acted, gradients still there
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankworks.core.state import NAME, State
@@ -37,6 +38,10 @@ class Hook:
 
     def before_forward(self, moment: Moment) -> None:
         """Act before the forward pass of every micro-batch."""
+
+    def penalty(self, moment: Moment) -> Tensor | None:
+        """Return a term to add to the loss, of the weights alone, or None; asked once per step."""
+        return None
 
     def after_backward(self, moment: Moment) -> None:
         """Act on complete, clipped gradients, before the optimizer."""
@@ -64,6 +69,9 @@ def method_hooks(model: nn.Module) -> list[Hook]:
         cls = adapter.spec.delta.method.cls
         deltas = {key: d for key, d in adapter.deltas.items() if isinstance(d, cls)}  # not the transposes of tied twins
         once = {id(d): key for key, d in reversed(deltas.items())}
-        hook = cls.training_hook(adapter.spec.delta, {k: d for k, d in deltas.items() if once[id(d)] == k})
-        found += [] if hook is None else [hook]
+        own = {k: d for k, d in deltas.items() if once[id(d)] == k}
+        schedule = adapter.spec.ranks
+        hooks = [cls.training_hook(adapter.spec.delta, own)]
+        hooks += [] if schedule is None else [schedule.method.cls(schedule).hook(own)]  # type: ignore[call-arg]
+        found += [hook for hook in hooks if hook is not None]
     return found

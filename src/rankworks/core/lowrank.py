@@ -8,47 +8,26 @@ one model, detaching is exact, the start leaves the output bit-identical, and th
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Base, Delta, Factors
-from rankworks.core.draw import Draw
-from rankworks.core.fields import HasSettings, Positive, Probability, Rank, Setting
+from rankworks.core.fields import Positive, Probability, Rank, Setting
 from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.kernels import fits, lowrank_linear, lowrank_row_norms, write
 from rankworks.core.share import SharedInput
 from rankworks.core.site import Shape
+from rankworks.core.start import Init, Place
 
 
-class Start(NamedTuple):
-    """Where the factors start: A (rank, in), B (out, rank); `from_base` when B A is taken out of the weight."""
+class Nested(NamedTuple):
+    """Which part of the factors acts: the first `width` ranks, of which the first `still` get no gradient."""
 
-    A: Tensor
-    B: Tensor
-    from_base: bool = False
-
-
-class Init(HasSettings):
-    """An initialiser of two factors. A subclass is registered with `@init` and writes `start`."""
-
-    Spec: ClassVar[Any]
-    scale_free: ClassVar[bool] = False  # the start's product scale * B A is the same for every alpha
-
-    def __init__(self, spec: Any):
-        self.key = spec.key
-        for name in type(spec).model_fields:
-            if name != "init":
-                setattr(self, name, getattr(spec, name))
-
-    def start(self, weight: Tensor, rank: int, scale: float, draw: Draw, kind: str) -> Start:
-        """Return the factors for a weight (out, in) whose change is scale * B A. `weight` is float32 or wider."""
-        raise TypeError(f"{type(self).__name__} must define start(...)")
-
-    def problems(self, shape: Shape, rank: int) -> list[str]:
-        """Return why it cannot start a rank-`rank` pair at a weight of this shape."""
-        return []
+    width: int
+    still: int = 0
 
 
 class Factored(Delta):
@@ -119,11 +98,17 @@ class LowRank(Factored):
     B: nn.Parameter
     A0: Tensor | None
     B0: Tensor | None
+    nested: Nested | None = None  # set by a schedule that trains many ranks at once
 
     @property
     def scale(self) -> float:
-        """The multiplier of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank) if self.rank else 0.0
+        """The multiplier of B A: of the ranks that act, where they are nested."""
+        return scale_of(self.alpha, self.rank if self.nested is None else self.nested.width, self.scaling)
+
+    @property
+    def pair(self) -> Delta | None:
+        """Itself."""
+        return self
 
     def setup(self, weight: Tensor) -> None:
         """Allocate A and B; the initialiser fills them."""
@@ -136,16 +121,25 @@ class LowRank(Factored):
     def reset(self, weight: Tensor, init: Init) -> None:
         """Fill A and B from the initialiser, and remember the start where it was taken out of the base."""
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        start = init.start(exact, self.rank, self.scale, self.draw, self.kind)
+        start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, evidence=self.evidence))
         self.A.copy_(start.A)
         self.B.copy_(start.B)
         if start.from_base:
             self.A0, self.B0 = self.stored(self.A.detach().clone()), self.stored(self.B.detach().clone())
 
-    def expect(self, names: set[str]) -> None:
-        """Make room for the start where the file has one."""
-        if {"A0", "B0"} <= names:
-            self.A0, self.B0 = self.stored(torch.zeros_like(self.A.data)), self.stored(torch.zeros_like(self.B.data))
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make room for the start where the file has one: it keeps its rank when that of A and B changes."""
+        super().make_room(shapes)
+        if {"A0", "B0"} <= set(shapes):
+            self.A0, self.B0 = (self.stored(self.A.data.new_zeros(shapes[name])) for name in ("A0", "B0"))
+
+    def adopt(self, spec: Any) -> None:
+        """Take other settings; A and B are made again, as zeros, where the rank is another."""
+        self.spec = spec
+        if spec.rank != self.rank:
+            self.A = nn.Parameter(self.A.data.new_zeros(spec.rank, self.shape.in_))
+            self.B = nn.Parameter(self.B.data.new_zeros(self.shape.out, spec.rank))
+        self.rank, self.alpha = spec.rank, spec.alpha
 
     def factors(self) -> Factors:
         """Exact: (scale B, A), or the rank-2r pair `scale [B - B0, B0] [A; A - A0] = scale (B A - B0 A0)`.
@@ -153,10 +147,22 @@ class LowRank(Factored):
         Written with differences, the change is zero to the bit at the start on every backend, and a small change
         keeps its digits in a 16-bit type, where B A x - B0 A0 x would lose them to cancellation.
         """
+        return self._product(self.B, self.A)
+
+    def gated(self, gate: Tensor) -> Factors:
+        """(scale B, diag(gate) A), less the start: the gate acts on what is trained."""
+        return self._product(self.B, gate.to(self.A.dtype).unsqueeze(1) * self.A)
+
+    def _product(self, B: Tensor, A: Tensor) -> Factors:
+        if self.nested is not None:
+            B, A = _nested(B, A, self.nested)
         if self.A0 is None or self.B0 is None:
-            return Factors(self.scale * self.B, self.A)
-        wide = torch.cat([self.B - self.B0, self.B0], dim=1)  # (out, 2r)
-        return Factors(self.scale * wide, torch.cat([self.A, self.A - self.A0], dim=0))
+            return Factors(self.scale * B, A)
+        scale = scale_of(self.alpha, self.rank, self.scaling)
+        if A.shape != self.A0.shape:  # ranks were cut or added since the start
+            return Factors(scale * torch.cat([B, -self.B0], dim=1), torch.cat([A, self.A0], dim=0))
+        wide = torch.cat([B - self.B0, self.B0], dim=1)  # (out, 2r)
+        return Factors(scale * wide, torch.cat([A, A - self.A0], dim=0))
 
     @classmethod
     def factored_rank(cls, spec: Any) -> int:
@@ -164,6 +170,32 @@ class LowRank(Factored):
         return spec.rank
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank (in + out)."""
         return spec.rank * (shape.in_ + shape.out)
+
+
+def scale_of(alpha: float, rank: int, scaling: str = "standard") -> float:
+    """Return alpha/rank, or alpha/sqrt(rank) for "rslora"; 0 where there is no rank."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank) if rank else 0.0
+
+
+def alpha_of(scale: float, rank: int, scaling: str = "standard") -> float:
+    """Return the alpha that gives exactly this scale at this rank, where a float does (the nearest where none does)."""
+    near = scale * (math.sqrt(rank) if scaling == "rslora" else rank)
+    tried = [near, math.nextafter(near, 0.0), math.nextafter(near, math.inf)]
+    return min(tried, key=lambda alpha: abs(scale_of(alpha, rank, scaling) - scale))
+
+
+def _nested(B: Tensor, A: Tensor, nested: Nested) -> tuple[Tensor, Tensor]:
+    """The first `width` columns of B and rows of A, the first `still` of them without gradient."""
+    width, still = nested
+    B, A = B[:, :width], A[:width]
+    if not still:
+        return B, A
+    return torch.cat([B[:, :still].detach(), B[:, still:]], 1), torch.cat([A[:still].detach(), A[still:]])

@@ -47,6 +47,11 @@ class Method:
         """Where the class is defined: `package.module.Class`."""
         return f"{self.cls.__module__}.{self.cls.__qualname__}"
 
+    @property
+    def tag(self) -> str:
+        """The name of the axis in configurations: `delta`, `init`, `ranks`, `select`."""
+        return TAGS.get(self.axis, self.axis)
+
 
 class MethodSpec(Config):
     """The settings of one method. `Spec.method` is its registry entry."""
@@ -64,6 +69,9 @@ class MethodSpec(Config):
         return build(self.method.axis, {**current, **changes})
 
 
+TAGS = {"rank": "ranks", "selection": "select"}
+"""What an axis is called in configurations where that is not its own name: `rank` there is the rank of a change."""
+
 _METHODS: dict[tuple[str, str], Method] = {}
 
 
@@ -80,7 +88,7 @@ def register(axis: str, key: str, *, title: str, year: int, paper: str) -> Calla
             raise ConfigError(f"the {axis} key {key!r} is already taken by {taken.origin}; choose another key.")
         tag: Any = (Literal[key], key)  # type: ignore[valid-type]
         make: Any = create_model
-        parts = {axis: tag, **cls.settings}
+        parts = {TAGS.get(axis, axis): tag, **cls.settings}
         spec = make(cls.__name__, __base__=MethodSpec, __module__=cls.__module__, __doc__=cls.__doc__, **parts)
         method = Method(key, axis, title, year, paper, cls, spec)
         spec.method = method
@@ -106,6 +114,16 @@ def init(key: str, *, title: str, year: int, paper: str) -> Callable[[T], T]:
     return register("init", key, title=title, year=year, paper=paper)
 
 
+def rank(key: str, *, title: str, year: int, paper: str) -> Callable[[T], T]:
+    """Register a `RankSchedule` class: how rank is spread over the sites and changed during training."""
+    return register("rank", key, title=title, year=year, paper=paper)
+
+
+def selection(key: str, *, title: str, year: int, paper: str) -> Callable[[T], T]:
+    """Register a `Selection` class: which sites get a change at all."""
+    return register("selection", key, title=title, year=year, paper=paper)
+
+
 def methods(axis: str | None = None) -> list[Method]:
     """Return all registered methods (of one axis), ordered by axis and key."""
     return sorted((m for m in _METHODS.values() if axis in (None, m.axis)), key=lambda m: (m.axis, m.key))
@@ -118,7 +136,8 @@ def get(axis: str, key: str) -> Method:
     elsewhere = [m.axis for m in methods() if m.key == key]
     if elsewhere:
         raise UnknownNameError(
-            f"{key!r} is a method of the axis {elsewhere[0]!r}, not {axis!r}: give it as {elsewhere[0]}={key}."
+            f"{key!r} is a method of the axis {elsewhere[0]!r}, not {axis!r}: give it as "
+            f"{TAGS.get(elsewhere[0], elsewhere[0])}={key}."
         )
     raise UnknownNameError(f"no {axis} is called {key!r}.{did_you_mean(key, [m.key for m in methods(axis)])}")
 
@@ -130,10 +149,11 @@ def build(axis: str, value: Any, **settings: Any) -> MethodSpec:
             raise ConfigError(f"a {value.method.axis} ({value.key}) was given where a {axis} belongs.")
         return value.replace(**settings) if settings else value
     if isinstance(value, Mapping):
-        values = {**value, **settings}
-        if axis not in values:
-            raise ConfigError(f"a {axis} is given as a mapping with the key {axis!r}, e.g. {{{axis}: lora, rank: 8}}.")
-        return _read(get(axis, str(values[axis])), values)
+        values, tag = {**value, **settings}, TAGS.get(axis, axis)
+        if tag not in values:
+            example = methods(axis)[0].key
+            raise ConfigError(f"a {axis} is given as a mapping with the key {tag!r}, e.g. {{{tag}: {example}, ...}}.")
+        return _read(get(axis, str(values[tag])), values)
     if not isinstance(value, str):
         raise ConfigError(f"a {axis} is a key, a spec or a mapping, not {type(value).__name__}.")
     return _read(get(axis, value), settings)
@@ -147,6 +167,14 @@ def _read(method: Method, values: dict[str, Any]) -> MethodSpec:
 if TYPE_CHECKING:  # a field of this type holds a spec; on a delta the same name may then hold the delta made from it
     DeltaSpec = Any
     InitSpec = Any
+    RanksSpec = Any
+    SelectSpec = Any
 else:
     DeltaSpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(lambda value: build("delta", value))]
     InitSpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(lambda value: build("init", value))]
+    RanksSpec = Annotated[
+        SerializeAsAny[MethodSpec] | None, BeforeValidator(lambda value: value and build("rank", value))
+    ]
+    SelectSpec = Annotated[
+        SerializeAsAny[MethodSpec] | None, BeforeValidator(lambda value: value and build("selection", value))
+    ]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from rankworks.core.config import Config, read
 from rankworks.core.errors import ConfigError, did_you_mean
 from rankworks.core.fields import Setting
-from rankworks.core.registry import DeltaSpec, InitSpec, MethodSpec, build, get
+from rankworks.core.registry import DeltaSpec, InitSpec, MethodSpec, RanksSpec, SelectSpec, build, get
 
 
 class AdaptSpec(Config):
@@ -22,6 +22,8 @@ class AdaptSpec(Config):
 
     delta: DeltaSpec = Setting("lora", "how the change of a weight is formed")
     init: InitSpec = Setting("default", "where the change starts")
+    ranks: RanksSpec = Setting(None, "how rank is spread over the sites and changed in training")
+    select: SelectSpec = Setting(None, "which of the targets are adapted")
     targets: str | list[str] = Setting("all-linear", "which weights (see core/targets.py)")
     exclude: list[str] = Setting([], "patterns of sites to leave out")
     overrides: dict[str, dict[str, Any]] = Setting({}, "settings by pattern; later patterns win")
@@ -50,6 +52,15 @@ class AdaptSpec(Config):
             )
         return value
 
+    @model_validator(mode="after")
+    def _gated(self) -> AdaptSpec:
+        """Give the delta a gate per rank where the rank schedule acts through one."""
+        if self.ranks is not None and self.ranks.method.cls.gates:
+            gated = with_gates(self.delta)
+            if gated is not self.delta:
+                object.__setattr__(self, "delta", gated)  # validated already: an assignment would do so again
+        return self
+
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], where: str = "adapt") -> AdaptSpec:
         """Build from one flat mapping of the adapter's and the delta's settings; `ConfigError` names all problems."""
@@ -77,5 +88,17 @@ class AdaptSpec(Config):
 
     def flat(self) -> dict[str, Any]:
         """Return the flat form, JSON-ready, without defaults of the adapter's own settings."""
-        own = self.model_dump(mode="json", exclude={"delta", "init"}, exclude_defaults=True)
-        return {**self.delta.model_dump(mode="json"), "init": self.init.model_dump(mode="json"), **own}
+        own = self.model_dump(mode="json", exclude={"delta", "init", "ranks", "select"}, exclude_defaults=True)
+        others = {k: v.model_dump(mode="json") for k in ("ranks", "select") if (v := getattr(self, k)) is not None}
+        return {**self.delta.model_dump(mode="json"), "init": self.init.model_dump(mode="json"), **others, **own}
+
+
+def with_gates(delta: MethodSpec) -> MethodSpec:
+    """Return the delta wrapped in `gated` (inside DoRA, which is not additive), or as it is where it has gates."""
+    if delta.key == "gated":
+        return delta
+    inner = getattr(delta, "inner", None)
+    if isinstance(inner, MethodSpec) and not delta.method.cls.additive:  # type: ignore[attr-defined]
+        inside = with_gates(inner)
+        return delta if inside is inner else delta.replace(inner=inside)
+    return build("delta", {"delta": "gated", "inner": delta})

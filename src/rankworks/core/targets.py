@@ -196,6 +196,11 @@ def check_overrides(model: nn.Module, sites: Sequence[Site], overrides: dict[str
     return depth
 
 
+def depth_of(model: nn.Module) -> int:
+    """Return how many layers the model has: one more than the largest layer number in its weights' names."""
+    return _depth(list(_candidates(model)))
+
+
 def _candidates(model: nn.Module, kinds: Sequence[str] = ()) -> Iterable[Site]:
     """Every weight a pattern can name, whole: one site per layer and one per stacked parameter (expert -1).
 

@@ -16,24 +16,22 @@ Source: arXiv:2402.09353, sections 3 and 4.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankworks.core.delta import Base, Delta, Factors
-from rankworks.core.draw import Draw
 from rankworks.core.fields import Probability, Setting
-from rankworks.core.hooks import Hook
 from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.kernels import scale_rows
-from rankworks.core.registry import DeltaSpec, MethodSpec, build, delta, get
+from rankworks.core.registry import DeltaSpec, MethodSpec, delta
 from rankworks.core.site import Shape
+from rankworks.core.wrapper import Wrapper
 
 
 @delta("dora", title="DoRA", year=2024, paper="arXiv:2402.09353")
-class DoRA(Delta):
+class DoRA(Wrapper):
     """A magnitude per output feature around any additive delta."""
 
     additive: ClassVar[bool] = False
@@ -55,10 +53,6 @@ class DoRA(Delta):
         """Start the inner delta, then take the magnitudes from the weight as it then is."""
         self.inner.reset(weight, init)
         self.m.copy_(self.inner.row_norms(weight))
-
-    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Pass on what a file holds for the inner delta."""
-        self.inner.make_room({n.removeprefix("inner."): s for n, s in shapes.items() if n.startswith("inner.")})
 
     def _ratio(self, weight: Tensor) -> Tensor:
         """c = m/n (out,). A row of zeros has no direction: it stays as it is until the inner delta gives it one."""
@@ -104,57 +98,14 @@ class DoRA(Delta):
         return inner.problems(spec.inner, shape)
 
     @classmethod
-    def bank(cls, spec: Any, shapes: Sequence[Shape], draw: Draw) -> dict[str, Tensor]:
-        """The inner delta's bank."""
-        return spec.inner.method.cls.bank(spec.inner, shapes, draw) if spec.direction else {}
-
-    @classmethod
-    def bank_size(cls, shapes: Sequence[Shape]) -> list[Any]:
-        """Every shape there is: what the inner delta's bank depends on is not known here."""
-        return sorted({(*s, s.kernel) for s in shapes})
-
-    @classmethod
-    def count_shared(cls, spec: Any, shapes: Sequence[Shape]) -> int:
-        """The inner delta's."""
-        return spec.inner.method.cls.count_shared(spec.inner, shapes) if spec.direction else 0
-
-    @classmethod
-    def needs(cls, spec: Any) -> tuple[str, ...]:
-        """The inner delta's."""
-        return spec.inner.method.cls.needs(spec.inner) if spec.direction else ()
-
-    @classmethod
-    def training_hook(cls, spec: Any, deltas: Mapping[str, Delta]) -> Hook | None:
-        """The inner delta's, on the inner deltas."""
-        if not spec.direction:
-            return None
-        inner = {name: delta.inner for name, delta in deltas.items() if isinstance(delta, DoRA)}
-        return spec.inner.method.cls.training_hook(spec.inner, inner)
+    def wrapped(cls, spec: Any) -> MethodSpec | None:
+        """The inner delta's settings, where the direction is trained."""
+        return spec.inner if spec.direction else None
 
     @classmethod
     def exact_gradient(cls, spec: Any) -> bool:
         """Not with `detach_norm`, which holds the row norms constant."""
         return not spec.direction or (not spec.detach_norm and spec.inner.method.cls.exact_gradient(spec.inner))
-
-    @classmethod
-    def factored_rank(cls, spec: Any) -> int | None:
-        """The inner delta's."""
-        return spec.inner.method.cls.factored_rank(spec.inner) if spec.direction else None
-
-    @classmethod
-    def route(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Pass settings that are not its own on to the inner delta: `dora` with rank=8 is dora around a rank-8 lora."""
-        own = {k: v for k, v in values.items() if k in cls.Spec.model_fields}
-        passed = {k: v for k, v in values.items() if k not in own}
-        inner = own.get("inner", "lora")
-        return {**own, "inner": build("delta", inner, **passed)} if passed else own
-
-    @classmethod
-    def accepted(cls, values: Mapping[str, Any]) -> list[str]:
-        """Its own settings and, in the flat form, the inner delta's."""
-        inner: Any = values.get("inner", "lora")
-        tag = inner if isinstance(inner, str) else inner.key if isinstance(inner, MethodSpec) else inner.get("delta")
-        return [*cls.Spec.model_fields, *get("delta", str(tag)).cls.accepted({})]
 
 
 class _Nothing(Delta):

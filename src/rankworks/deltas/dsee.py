@@ -209,6 +209,11 @@ class DSEE(LowRank):
             self.prune(ones, ones[:, 0] if "live" in names else None)
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> None:  # type: ignore[override]
+        """None: its change is more than a product."""
+        return
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank (in + out) + N."""
         return super().count(spec, shape) + spec.entries

@@ -101,6 +101,11 @@ class LaMDA(Projected):
         return GradualFreezing([d for d in deltas.values() if isinstance(d, LaMDA)])
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank^2 + out rank, of which rank^2 are left at the end of a run."""
         return spec.rank * (spec.rank + shape.out)

@@ -97,6 +97,11 @@ class LoLDU(Projected):
         return Factors(self.B * self.moves(), self.A)
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank, and one with a trained sigma."""
         return spec.rank + spec.train_sigma

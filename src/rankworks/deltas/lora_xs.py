@@ -6,21 +6,26 @@ U S V^T is the weight's SVD, so R moves W inside its own leading subspace; r^2 n
 The gradient is dL/dR = s B^T G A^T, non-zero already at R = 0: with `core_std = 0` (the default) the model starts
 exactly as its base. The released code draws R from N(0, 1e-5^2), which `core_std=1e-5` gives. The paper's ablation
 with random bases, A ~ U(+-1/sqrt(in)) and B ~ U(+-1/sqrt(r)), is `bases="random"`.
+An initialiser of three factors (`init="lora-sb"`, `"eva"`) gives other bases, which depend on data and are stored.
 Source: arXiv:2405.17604, section 3 (written there for row vectors, which transposes the two bases).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rankworks.core.delta import Factors
 from rankworks.core.fields import NonNegative, Positive, Probability, Rank, Setting
 from rankworks.core.inputs import linear
+from rankworks.core.lowrank import scale_of
 from rankworks.core.projected import Projected
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
+from rankworks.core.start import Init, Place
 from rankworks.linalg import randomised_svd, truncated_svd
 
 
@@ -38,7 +43,7 @@ class LoRAXS(Projected):
     @property
     def scale(self) -> float:
         """alpha / rank."""
-        return self.alpha / self.rank
+        return scale_of(self.alpha, self.rank)
 
     def setup(self, weight: Tensor) -> None:
         """Take the bases; they are rebuilt on load, and only R is stored."""
@@ -48,6 +53,22 @@ class LoRAXS(Projected):
         else:
             self.B, self.A = (self.frozen(t.to(self.draw.dtype)) for t in self._principal(weight))
         self.R = self.trainable(self.rank, self.rank, std=self.core_std)
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor, init: Init) -> None:
+        """Take bases and core from an initialiser that gives three factors; these bases are stored, not rebuilt."""
+        if init.key == "default":
+            return
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
+        self.A, self.B = self.stored(start.A.to(self.A.dtype)), self.stored(start.B.to(self.B.dtype))
+        assert start.core is not None
+        self.R.copy_(start.core)
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make room for bases that came from an initialiser."""
+        if {"A", "B"} <= set(shapes):
+            self.A, self.B = self.stored(torch.zeros_like(self.A)), self.stored(torch.zeros_like(self.B))
 
     def _principal(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """U_r (out, r) and S_r V_r^T (r, in)."""
@@ -68,6 +89,21 @@ class LoRAXS(Projected):
     def factors(self) -> Factors:
         """Exact at rank r: (s B R, A)."""
         return Factors(self.scale * self.B @ self.R, self.A)
+
+    @classmethod
+    def factored_rank(cls, spec: Any) -> int:
+        """The rank of the three factors."""
+        return spec.rank
+
+    @classmethod
+    def factor_count(cls, spec: Any) -> int:
+        """Three."""
+        return 3
+
+    @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:

@@ -87,6 +87,11 @@ class NOLA(Factored):
         return spec.form == "lm"
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """k + l."""
         return spec.bases_a + spec.bases_b

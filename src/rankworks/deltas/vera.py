@@ -73,6 +73,11 @@ class VeRA(Projected):
         return Factors(self.left(), self.d.unsqueeze(1) * self.A)
 
     @classmethod
+    def inner_rank(cls, spec: Any, shape: Shape) -> int:
+        """The rank."""
+        return spec.rank
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """out + rank."""
         return shape.out + spec.rank

@@ -12,20 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankworks.core.draw import Draw
-from rankworks.core.lowrank import Init, Start
 from rankworks.core.registry import init
 from rankworks.core.site import Shape
+from rankworks.core.start import Init, Place, Start
 
 
 @init("olora", title="OLoRA", year=2024, paper="arXiv:2406.01775")
 class OLoRA(Init):
     """The first r columns of Q and rows of R, with the signs that make R's diagonal positive."""
 
-    def start(self, weight: Tensor, rank: int, scale: float, draw: Draw, kind: str) -> Start:
+    def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""
         # Only Q's first r columns are needed, and they depend on the weight's first r columns alone; R's first r rows
         # are then Q^T W: O(out in r) in place of a full factorisation's O(out in min(out, in)).
+        weight, rank = place.weight, place.rank
         q, r = torch.linalg.qr(weight[:, :rank])  # (out, r), (r, r)
         signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
         q = q * signs

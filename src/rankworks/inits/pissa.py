@@ -14,13 +14,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from rankworks.core.draw import Draw
 from rankworks.core.fields import Setting
-from rankworks.core.lowrank import Init, Start
 from rankworks.core.registry import init
 from rankworks.core.site import Shape
+from rankworks.core.start import Init, Place, Start
 from rankworks.linalg import randomised_svd, truncated_svd
 
 
@@ -33,13 +30,13 @@ class PiSSA(Init):
     iterations: int = Setting(0, "power iterations of the randomised SVD; 0 for the exact SVD", ge=0)
     oversample: int = Setting(0, "extra columns of the randomised SVD", ge=0)
 
-    def start(self, weight: Tensor, rank: int, scale: float, draw: Draw, kind: str) -> Start:
+    def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""
         if self.iterations:
-            u, s, vh = randomised_svd(weight, rank, self.iterations, self.oversample, draw.generator)
+            u, s, vh = randomised_svd(place.weight, place.rank, self.iterations, self.oversample, place.draw.generator)
         else:
-            u, s, vh = truncated_svd(weight, rank)
-        root = (s / scale).sqrt()  # (r,)
+            u, s, vh = truncated_svd(place.weight, place.rank)
+        root = (s / place.scale).sqrt()  # (r,)
         return Start(A=root.unsqueeze(1) * vh, B=u * root, from_base=True)
 
     def problems(self, shape: Shape, rank: int) -> list[str]:

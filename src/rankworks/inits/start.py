@@ -10,37 +10,36 @@ Source: arXiv:2106.09685, section 4.1, and the reference implementation.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from rankworks.core.draw import Draw
-from rankworks.core.lowrank import Init, Start
 from rankworks.core.registry import init
+from rankworks.core.start import Init, Place, Start
 
 
-def _embedding(weight: Tensor, rank: int, draw: Draw) -> Start:
-    out, in_ = weight.shape
-    return Start(A=weight.new_zeros(rank, in_), B=draw.normal(out, rank))
+def _embedding(place: Place) -> Start:
+    out, in_ = place.weight.shape
+    return Start(A=place.weight.new_zeros(place.rank, in_), B=place.draw.normal(out, place.rank))
 
 
 @init("default", title="Kaiming uniform", year=2021, paper="arXiv:2106.09685")
 class Default(Init):
     """A uniform in +-1/sqrt(in), B zero."""
 
-    def start(self, weight: Tensor, rank: int, scale: float, draw: Draw, kind: str) -> Start:
+    def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""
-        if kind == "embedding":
-            return _embedding(weight, rank, draw)
-        out, in_ = weight.shape
-        return Start(A=draw.uniform(rank, in_, bound=in_**-0.5), B=weight.new_zeros(out, rank))
+        if place.kind == "embedding":
+            return _embedding(place)
+        out, in_ = place.weight.shape
+        return Start(A=place.draw.uniform(place.rank, in_, bound=in_**-0.5), B=place.weight.new_zeros(out, place.rank))
 
 
 @init("gaussian", title="Gaussian", year=2021, paper="arXiv:2106.09685")
 class Gaussian(Init):
     """A normal with standard deviation 1/rank, B zero."""
 
-    def start(self, weight: Tensor, rank: int, scale: float, draw: Draw, kind: str) -> Start:
+    def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""
-        if kind == "embedding":
-            return _embedding(weight, rank, draw)
-        out, in_ = weight.shape
-        return Start(A=draw.normal(rank, in_, std=1 / rank), B=weight.new_zeros(out, rank))
+        if place.kind == "embedding":
+            return _embedding(place)
+        out, in_ = place.weight.shape
+        return Start(
+            A=place.draw.normal(place.rank, in_, std=1 / place.rank), B=place.weight.new_zeros(out, place.rank)
+        )

@@ -24,8 +24,8 @@ from torch import nn
 
 from rankworks.calibrate import needed
 from rankworks.core.adapt import active, adapt, disabled
-from rankworks.core.build import Evidence
 from rankworks.core.errors import ConfigError
+from rankworks.core.evidence import Evidence
 from rankworks.core.files import atomic_write
 from rankworks.core.hooks import Hook
 from rankworks.core.hub import load_model

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rankworks.calibrate import calibrate
-from rankworks.core.build import Evidence
+from rankworks.core.evidence import Evidence, Need
 from rankworks.core.spec import AdaptSpec
 from rankworks.train.batches import Batch, Collator, Sampler
 from rankworks.train.objective import Objective
@@ -21,7 +21,7 @@ def measure_evidence(
     model: nn.Module,
     prepared: Prepared,
     spec: AdaptSpec,
-    needs: Sequence[str],
+    needs: Sequence[str | Need],
     *,
     batches: int,
     batch_size: int,

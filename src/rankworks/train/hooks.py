@@ -31,12 +31,15 @@ class HookCallback(TrainerCallback):
         self._optimizer: Any = None
 
     def _call(self, name: str, state: Any, step: int, keywords: dict[str, Any]) -> None:
+        moment = self._moment(state, step, keywords)
+        for hook in self.hooks:
+            getattr(hook, name)(moment)
+
+    def _moment(self, state: Any, step: int, keywords: dict[str, Any]) -> Moment:
         self._model = keywords.get("model", self._model)
         self._optimizer = keywords.get("optimizer") or self._optimizer
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps the torch optimizer
-        moment = Moment(self._model, optimizer, step, state.max_steps)
-        for hook in self.hooks:
-            getattr(hook, name)(moment)
+        return Moment(self._model, optimizer, step, state.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Restore the hooks of a resumed run and start them."""
@@ -47,7 +50,9 @@ class HookCallback(TrainerCallback):
         self._call("on_start", state, state.global_step, keywords)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        """The first micro-batch of a step is about to run."""
+        """The first micro-batch of a step is about to run; penalties are of the weights, which stay until its end."""
+        moment = self._moment(state, state.global_step + 1, keywords)
+        add_penalties(self.hooks, moment)
         self._call("before_forward", state, state.global_step + 1, keywords)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
@@ -71,6 +76,14 @@ class HookCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_tree(folder, self.FILE, {"hooks": hook_states(self.hooks)})
+
+
+def add_penalties(hooks: Sequence[Hook], moment: Moment) -> None:
+    """Add the gradients of the hooks' penalties to those that are there."""
+    for hook in hooks:
+        term = hook.penalty(moment)
+        if term is not None and term.requires_grad:
+            term.backward()
 
 
 def hook_states(hooks: Sequence[Hook]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import nn
 
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks
+from rankworks.core.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.batches import Batch, Collator, Example, Sampler
 from rankworks.train.checkpoint import (
     Checkpoints,
@@ -36,7 +37,7 @@ from rankworks.train.checkpoint import (
 )
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.documents import by_document
-from rankworks.train.hooks import hook_states, restore_hooks
+from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
 from rankworks.train.memory import PeakMemory
 from rankworks.train.metrics import Metrics
 from rankworks.train.objective import Objective
@@ -168,6 +169,7 @@ class Loop:
         loss = self._backward(
             self.collator.micro_batches(examples, self.train.accumulate, self.rank, self.world), learned
         )
+        add_penalties(self.hooks, self._moment())
         norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(loss, norm)
@@ -212,8 +214,11 @@ class Loop:
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 
+    def _moment(self) -> Moment:
+        return Moment(self.model, self.optimizer, self.step, self.steps)
+
     def _call(self, name: str) -> None:
-        moment = Moment(self.model, self.optimizer, self.step, self.steps)
+        moment = self._moment()
         for hook in self.hooks:
             getattr(hook, name)(moment)
 
@@ -258,6 +263,7 @@ class Loop:
                 "random": generators,
                 "hooks": hook_states(self.hooks),
                 "history": vars(self.history),
+                "settings": site_settings(self.model),
                 "names": names,
             }
             parts = {
@@ -275,6 +281,8 @@ class Loop:
             return False
         parts = self.checkpoints.load(path, PARTS)
         state = parts["run"]
+        adopt_settings(self.model, state["settings"])
+        rebind(self.optimizer, self.model)
         restore_hooks(self.hooks, state["hooks"], str(path))
         load_trained_tensors(self.model, parts["weights"])
         names = [name for group in self.optimizer.param_groups for name in group.get("names", ())]

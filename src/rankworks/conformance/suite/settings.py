@@ -56,7 +56,7 @@ def _within(value: float, limits: dict[str, Any]) -> bool:
 def spec_round_trips_through_json(method: Method, case: Case) -> None:
     """A spec written as JSON and read again is the same spec, every setting included."""
     changed = {
-        n: v for n, i in method.Spec.model_fields.items() if n != method.axis and (v := _other_value(i)) is not None
+        n: v for n, i in method.Spec.model_fields.items() if n != method.tag and (v := _other_value(i)) is not None
     }
     singles: list[Any] = [build(method.axis, method.key, **{n: v}) for n, v in changed.items()]
     for spec in [build(method.axis, method.key), *singles]:
@@ -79,7 +79,7 @@ def spec_round_trips_through_json(method: Method, case: Case) -> None:
 @check("once")
 def unknown_setting_is_refused(method: Method, case: Case) -> None:
     """A misspelt setting is refused with the nearest known name."""
-    names = [n for n in method.Spec.model_fields if n != method.axis]
+    names = [n for n in method.Spec.model_fields if n != method.tag]
     wrong = names[0] + "x" if names else "no_such_setting"
     ok, message = refused(lambda: build(method.axis, method.key, **{wrong: 1}), ConfigError)
     if not ok or wrong not in message or (names and names[0] not in message):

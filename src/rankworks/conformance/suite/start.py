@@ -18,7 +18,10 @@ from rankworks.core.state import state_of
 
 def _starts_as_base(case: Case) -> bool:
     """Whether the method, and any delta it wraps, claims to start as the base."""
-    spec: Any = case.spec().delta
+    whole = case.spec()
+    if not whole.init.method.cls.starts_unchanged(whole.init):  # type: ignore[attr-defined]
+        return False
+    spec: Any = whole.delta
     while isinstance(spec, MethodSpec):
         if not spec.method.cls.starts_unchanged(spec):  # type: ignore[attr-defined]
             return False

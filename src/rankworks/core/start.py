@@ -1,0 +1,89 @@
+"""Init: where the factors of a change start. A subclass is registered with `@init` and writes `start`.
+
+    a pair      scale * B A          A (rank, in),  B (out, rank)                                     `factors` 2
+    a triple    scale * B C A        and a core C (rank, rank); what of the three is trained, the delta says    3
+
+An initialiser says which of the two it fills (`fills`); one that fills triples returns a core with its factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from rankworks.core.draw import Draw
+from rankworks.core.evidence import Evidence, Need
+from rankworks.core.fields import HasSettings
+from rankworks.core.registry import MethodSpec
+from rankworks.core.site import Shape
+
+if TYPE_CHECKING:
+    from rankworks.core.site import Site
+
+
+class Start(NamedTuple):
+    """Where the factors start: A (rank, in), B (out, rank); `from_base` when the product is taken out of the weight.
+
+    `core` (rank, rank) stands between them in a triple, and must be given there.
+    """
+
+    A: Tensor
+    B: Tensor
+    from_base: bool = False
+    core: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an initialiser knows of the change it starts."""
+
+    weight: Tensor  # (out, in), float32 or wider
+    rank: int
+    scale: float  # the change is scale * B A, or scale * B C A
+    draw: Draw
+    kind: str = "linear"
+    factors: int = 2
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Init(HasSettings):
+    """An initialiser of two or three factors."""
+
+    Spec: ClassVar[Any]
+    spec: Any
+    fills: ClassVar[tuple[int, ...]] = (2,)  # how many factors the change may have: 2, 3
+    unchanged: ClassVar[bool] = True  # the adapted model starts as its base
+    scale_free: ClassVar[bool] = False  # the start's product scale * B A is the same for every alpha
+
+    def __init__(self, spec: Any):
+        self.spec, self.key = spec, spec.key
+        for name in type(spec).model_fields:
+            if name != "init":
+                setattr(self, name, getattr(spec, name))
+
+    def start(self, place: Place) -> Start:
+        """Return the factors."""
+        raise TypeError(f"{type(self).__name__} must define start(place)")
+
+    def problems(self, shape: Shape, rank: int) -> list[str]:
+        """Return why it cannot start a rank-`rank` change at a weight of this shape."""
+        return []
+
+    def allocate(
+        self, resolved: Sequence[tuple[Site, MethodSpec]], evidence: Evidence
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Return settings to change before the start, {site name: {"rank": 5, "alpha": 2.5}}; often none."""
+        return {}
+
+    @classmethod
+    def needs(cls, spec: Any) -> tuple[str | Need, ...]:
+        """Return what must be measured on data before the start."""
+        return ()
+
+    @classmethod
+    def starts_unchanged(cls, spec: Any) -> bool:
+        """Return whether the adapted model starts as its base, where that depends on the settings."""
+        return cls.unchanged

@@ -1,0 +1,84 @@
+"""Gated ranks: a trained gate per rank between the two factors of any change that has such factors.
+
+    W' = W + B diag(g) A        B (out, k), A (k, in) the inner delta's factors, its scale folded in;  g (k,) = 1
+
+Rank schedules act through it (`ranks="adalora"`, ...), which also set where g starts: a gate that is zero to the bit
+takes its rank out of the change. Around a trained pair (LoRA) the ranks themselves can then be removed; with a start
+taken out of the base (PiSSA) the gate acts on the trained product alone, W + s (B diag(g) A - B0 A0).
+With G = dL/dW': dL/dg = diag(B^T G A^T), which is zero where the start of B or A is.
+Source: the middle factor of arXiv:2303.10512 (equation 3) and the gate of arXiv:2311.11696 (section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankworks.core.delta import Factors
+from rankworks.core.fields import Setting
+from rankworks.core.lowrank import Factored
+from rankworks.core.registry import DeltaSpec, delta
+from rankworks.core.site import Shape
+from rankworks.core.wrapper import Wrapper
+
+
+@delta("gated", title="Gated ranks", year=2023, paper="arXiv:2303.10512")
+class Gated(Wrapper, Factored):
+    """A gate per rank of an inner delta with exact factors."""
+
+    inner: DeltaSpec = Setting("lora", "the delta between whose factors the gates stand; must have exact factors")
+
+    gate: nn.Parameter
+
+    def setup(self, weight: Tensor) -> None:
+        """Build the inner delta and the gates, all one."""
+        self.inner = self.child(self.spec.inner, weight)
+        self.dropout = getattr(self.inner, "dropout", 0.0)
+        self.gate = self.trainable(self._ranks(), fill=1.0)
+
+    def _ranks(self) -> int:
+        """k: how many ranks there are to scale."""
+        if self.inner.pair is not None:
+            return self.inner.pair.rank
+        factors = self.inner.factors()
+        assert factors is not None
+        return factors.A.shape[0]
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor, init: Any) -> None:
+        """Start the inner delta."""
+        self.inner.reset(weight, init)
+
+    def adopt(self, spec: Any) -> None:
+        """Take other settings, and as many gates as the inner delta then has ranks."""
+        super().adopt(spec)
+        if len(self.gate) != self._ranks():
+            self.gate = nn.Parameter(self.gate.data.new_ones(self._ranks()))
+
+    def factors(self) -> Factors:
+        """Exact: (B, diag(g) A)."""
+        return self.inner.gated(self.gate)
+
+    @classmethod
+    def gates(cls, spec: Any, shape: Shape) -> int:
+        """The number of gates at a site."""
+        inner = spec.inner
+        rank = inner.method.cls.factored_rank(inner)
+        return inner.method.cls.inner_rank(inner, shape) if rank is None else rank
+
+    @classmethod
+    def count(cls, spec: Any, shape: Shape) -> int:
+        """The inner delta's count and one gate per rank."""
+        return spec.inner.method.cls.count(spec.inner, shape) + cls.gates(spec, shape)
+
+    @classmethod
+    def problems(cls, spec: Any, shape: Shape) -> list[str]:
+        """The inner delta's, and that it must be additive with factors that stand by themselves."""
+        inner = spec.inner.method.cls
+        if not inner.additive or inner.inner_rank(spec.inner, shape) is None:
+            return [
+                f"gates stand between two factors, and {spec.inner.key!r} has none: choose lora, vera, lora-xs, ..."
+            ]
+        return inner.problems(spec.inner, shape)
