@@ -24,8 +24,9 @@ def test_a_method_keeps_its_promises(axis, key, one):
     assert row.detail, "a verdict says on which cases, or why it does not apply"
 
 
-def test_there_are_checks_for_both_axes():
+def test_there_are_checks_for_every_axis():
     assert len(checks("delta")) >= 40
     assert len(checks("init")) >= 30
+    assert len(checks("rank")) >= 30
     assert len({c.name for c in checks()}) == len(checks())
     assert all(c.says for c in checks())

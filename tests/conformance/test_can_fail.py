@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import broken
+import broken_schedules
 import broken_starts
 import pytest
 
@@ -76,6 +77,14 @@ STARTS = {
     broken_starts.StartsTallOnly: ["start_fits_every_shape", "start_is_finite_and_used"],
     broken_starts.ClaimsToIgnoreAlpha: ["start_product_ignores_alpha_where_claimed"],
 }
+SCHEDULES = {
+    broken_schedules.ClimbsInItsHook: ["schedule_learns"],
+    broken_schedules.ShakesUnseeded: ["schedule_repeats"],
+    broken_schedules.ForgetsItsCount: ["schedule_resumes_exactly"],
+    broken_schedules.SilencesTheForward: ["merged_equals_the_scheduled"],
+    broken_schedules.DoublesTheScaleUntold: ["scheduled_file_reads_back"],
+    broken_schedules.SaysAnotherDense: ["factors_are_the_change", "merged_equals_the_scheduled"],
+}
 # Those whose fault is an exception of torch's: types and sizes that do not fit.
 RAISING = {broken.WidensTheOutput, broken.NoCast, broken.OneShapeOnly, broken_starts.StartsTallOnly}
 
@@ -96,7 +105,13 @@ def registered():
 
 
 @pytest.mark.parametrize(
-    ("cls", "axis"), [(broken.Good, "delta"), (broken.NoEmbeddings, "delta"), (broken_starts.GoodStart, "init")]
+    ("cls", "axis"),
+    [
+        (broken.Good, "delta"),
+        (broken.NoEmbeddings, "delta"),
+        (broken_starts.GoodStart, "init"),
+        (broken_schedules.GoodSchedule, "rank"),
+    ],
 )
 def test_the_good_methods_pass_everything(registered, cls, axis):
     report = check_method(registered(cls, axis))
@@ -111,6 +126,11 @@ def test_a_broken_delta_is_caught(registered, cls):
 @pytest.mark.parametrize("cls", STARTS, ids=lambda c: c.__name__)
 def test_a_broken_start_is_caught(registered, cls):
     _caught(cls, check_method(registered(cls, "init"), only=STARTS[cls]), STARTS[cls])
+
+
+@pytest.mark.parametrize("cls", SCHEDULES, ids=lambda c: c.__name__)
+def test_a_broken_schedule_is_caught(registered, cls):
+    _caught(cls, check_method(registered(cls, "rank"), only=SCHEDULES[cls]), SCHEDULES[cls])
 
 
 def _caught(cls, report, names):
@@ -148,5 +168,5 @@ GUARDED_BY_CORE = {"unclaimed_kinds_are_refused", "merging_again_changes_nothing
 
 
 def test_every_other_check_has_been_seen_to_fail():
-    seen = {name for names in [*DELTAS.values(), *STARTS.values()] for name in names}
+    seen = {name for names in [*DELTAS.values(), *STARTS.values(), *SCHEDULES.values()] for name in names}
     assert seen | GUARDED_BY_CORE == {c.name for c in checks()}

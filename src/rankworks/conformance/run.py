@@ -64,7 +64,7 @@ def check(scope: Scope, *axes: str, weight: bool = False, merges: bool = False) 
                 raise
 
         says = (function.__doc__ or name).splitlines()[0].rstrip(".")
-        _CHECKS[name] = Check(name, axes or ("delta", "init"), scope, named, says)
+        _CHECKS[name] = Check(name, axes or ("delta", "init", "rank"), scope, named, says)
         return named
 
     return decorate

@@ -10,6 +10,7 @@ from rankworks.conformance.suite import (  # noqa: I001 - the order is the repor
     exporting,
     gradients,
     training,
+    schedule,
     models,
     several,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "gradients",
     "initialiser",
     "models",
+    "schedule",
     "settings",
     "several",
     "start",

@@ -66,7 +66,7 @@ def spec_round_trips_through_json(method: Method, case: Case) -> None:
             raise ConformanceError(
                 f"{spec!r} back from {text}", repr(again), "the types of the settings: plain JSON values"
             )
-        whole = AdaptSpec(delta=spec) if method.axis == "delta" else case.spec(init=spec)
+        whole = AdaptSpec(delta=spec) if method.axis == "delta" else case.spec(**{method.tag: spec})
         flat = json.loads(json.dumps(whole.flat()))
         if AdaptSpec.from_flat(flat) != whole:
             raise ConformanceError(

@@ -16,7 +16,7 @@ from rankworks.core.registry import Method, MethodSpec
 from rankworks.core.state import state_of
 
 
-def _starts_as_base(case: Case) -> bool:
+def starts_as_base(case: Case) -> bool:
     """Whether the method, and any delta it wraps, claims to start as the base."""
     whole = case.spec()
     if not whole.init.method.cls.starts_unchanged(whole.init):  # type: ignore[attr-defined]
@@ -32,7 +32,7 @@ def _starts_as_base(case: Case) -> bool:
 @check("all")
 def output_is_unchanged_at_the_start(method: Method, case: Case) -> None:
     """A fresh adapter leaves the output bit-identical, in float32 and in bfloat16, where the method claims it."""
-    if not _starts_as_base(case):
+    if not starts_as_base(case):
         raise NotApplicable("it does not claim to start as the base (unchanged_at_init = False)")
     for dtype in (torch.float32, torch.bfloat16):
         model, x = case.model(dtype).requires_grad_(False), case.inputs(dtype=dtype)  # a kernel may depend on the flag
@@ -54,7 +54,7 @@ def output_is_unchanged_at_the_start(method: Method, case: Case) -> None:
 @check("all", weight=True)
 def change_is_nothing_at_the_start(method: Method, case: Case) -> None:
     """The dense change of a fresh adapter is zero beside the weight, also where the base is bfloat16."""
-    if not _starts_as_base(case):
+    if not starts_as_base(case):
         raise NotApplicable("it does not claim to start as the base (unchanged_at_init = False)")
     for dtype in (torch.float32, torch.bfloat16):
         adapter = adapter_of(case.adapted(dtype))
