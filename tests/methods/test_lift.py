@@ -66,7 +66,7 @@ def test_the_mask_is_brute_force_on_the_low_rank_part() -> None:
 
 
 def test_the_released_selection_is_the_smallest() -> None:
-    model = one(choose="smallest")
+    model = one(order="smallest")
     wanted = largest(-best_of_rank(weight_of(model), 2).abs(), 17)
     assert torch.equal(mask_of(delta_of(model)), wanted)
 

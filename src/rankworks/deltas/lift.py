@@ -9,7 +9,7 @@ moments move along: kept where the choices overlap, zero for new entries; its st
 code a choice for step t + 1 is made at the end of step t when t + 1 is a multiple of `every`; the last step makes none.
 
 - The released configurations name a mask that selects the SMALLEST entries, by a flag string that lacks the word
-  "largest"; the paper says, and its figure shows, the largest. `choose="smallest"` reproduces the released numbers.
+  "largest"; the paper says, and its figure shows, the largest. `order="smallest"` reproduces the released numbers.
 - The released Adam adds epsilon to sqrt(v) before the bias correction; torch's adds it after. The two differ by
   epsilon's size alone. Its decay shrinks W's entries; a decay of v here shrinks their change (the default is none).
 - `filter="random"` is a randomised SVD with 2 q test vectors, as the released "rand" masks.
@@ -52,7 +52,7 @@ class LIFT(SparseDelta):
     rank: int = Rank(128, "k = rank (in + out) entries, as many as LoRA of this rank trains, at most all")
     filter_rank: int = Setting(128, "rank q of the part of the weight whose largest entries are trained", ge=1)
     every: int = Setting(400, "steps between choices; 0 keeps the first", ge=0)
-    choose: Literal["largest", "smallest"] = Setting(
+    order: Literal["largest", "smallest"] = Setting(
         "largest", "which entries of the low-rank part: largest, or smallest as released"
     )
     filter: Literal["exact", "random"] = Setting("exact", "SVD of the low-rank part: exact, or random with 2 q vectors")
@@ -77,7 +77,7 @@ class LIFT(SparseDelta):
         else:
             u, s, vh = truncated_svd(weight, q) if self.filter == "exact" else randomised_svd(weight, q, 2, q)
             scores = ((u * s) @ vh).abs()  # (out, in)
-        return top_entries(scores if self.choose == "largest" else -scores, _count(self, self.shape))
+        return top_entries(scores if self.order == "largest" else -scores, _count(self, self.shape))
 
     def placed(self) -> Entries:
         """The entries of the present choice, and those of earlier ones."""
