@@ -117,8 +117,8 @@ def base_case(method: Method, kind: str = "linear") -> Case:
 
 
 def kinds_of(method: Method) -> list[str]:
-    """Return the kinds of site a method claims; an initialiser is tried on all."""
-    claimed = getattr(method.cls, "kinds", KINDS) if method.axis == "delta" else KINDS
+    """Return the kinds of site a method claims; an initialiser that claims none is tried on all."""
+    claimed = getattr(method.cls, "kinds", None) or KINDS
     return [kind for kind in (*KINDS, *BLOCKS) if kind in claimed]
 
 

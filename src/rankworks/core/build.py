@@ -21,7 +21,7 @@ from rankworks.core.registry import MethodSpec
 from rankworks.core.site import Shape, Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import Adapter, State, make_bank
-from rankworks.core.targets import check_overrides, depth_of, find_sites, override_for
+from rankworks.core.targets import check_overrides, find_sites, override_for, stacks_of
 from rankworks.core.tied import share, twins
 
 BIASLESS = ("embedding", "expert")  # kinds of site that never have a bias
@@ -30,9 +30,9 @@ BIASLESS = ("embedding", "expert")  # kinds of site that never have a bias
 def resolve(model: nn.Module, spec: AdaptSpec) -> list[tuple[Site, MethodSpec]]:
     """Return every site with the settings it gets. Raises once, naming every problem."""
     sites = find_sites(model, spec.targets, spec.exclude, spec.delta.method.cls.kinds)
+    depth = check_overrides(model, sites, spec.overrides)  # of all that is targeted: what is selected may change
     if spec.select is not None:
         sites = _selected(model, sites, spec.select)
-    depth = check_overrides(model, sites, spec.overrides)
     resolved = []
     for site in sites:
         changes = override_for(site, spec.overrides, depth)
@@ -42,7 +42,7 @@ def resolve(model: nn.Module, spec: AdaptSpec) -> list[tuple[Site, MethodSpec]]:
 
 def _selected(model: nn.Module, sites: list[Site], select: MethodSpec) -> list[Site]:
     """Return the sites that the selection keeps."""
-    chosen = set(select.method.cls(select).choose(sites, depth_of(model)))  # type: ignore[call-arg]
+    chosen = set(select.method.cls(select).choose(sites, stacks_of(model)))  # type: ignore[call-arg]
     kept = [site for site in sites if site.name in chosen]
     if not kept:
         raise TargetError(f"the selection {select.key!r} leaves no site to adapt: widen targets, or let it keep more.")
@@ -50,10 +50,14 @@ def _selected(model: nn.Module, sites: list[Site], select: MethodSpec) -> list[S
 
 
 def needs_of(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec) -> tuple[Need, ...]:
-    """Return what an adapter must know from data before it starts, each statistic once."""
-    wanted = [need for _, delta in resolved for need in delta.method.cls.needs(delta)]
-    for other in (spec.init, spec.ranks):
-        wanted += [] if other is None else other.method.cls.needs(other)
+    """Return what an adapter must know from data at these sites before it starts, each statistic once.
+
+    Raises `ConfigError` where the sites want one with different options; of a single site they never differ.
+    """
+    wanted: list[str | Need] = [] if spec.ranks is None else list(spec.ranks.method.cls.needs(spec.ranks))
+    for site, delta in resolved:
+        wanted += delta.method.cls.needs(delta)
+        wanted += spec.init.method.cls.needs_at(spec.init, delta, site.shape)
     return as_needs(wanted)
 
 
@@ -118,6 +122,16 @@ def reasons_against(site: Site, settings: MethodSpec, spec: AdaptSpec) -> list[s
         reasons.append(
             f"the initialiser {spec.init.key!r} fills {' or '.join(map(str, spec.init.method.cls.fills))} factors and "
             f"{settings.key!r} has {factors}: choose another initialiser"
+        )
+    elif site.kind not in (spec.init.method.cls.kinds or (site.kind,)):
+        reasons.append(
+            f"the initialiser {spec.init.key!r} starts from what a layer reads, and is not defined for sites of kind "
+            f"{site.kind!r}: exclude them, or choose another initialiser"
+        )
+    elif not spec.init.method.cls.grouped and getattr(site.module, "groups", 1) > 1:
+        reasons.append(
+            f"the groups of a grouped convolution read inputs of their own, and the initialiser {spec.init.key!r} "
+            "starts from those of one whole layer: exclude the site, or choose another initialiser"
         )
     elif rank and not reasons:
         reasons += spec.init.method.cls(spec.init).problems(site.shape, rank)

@@ -57,6 +57,8 @@ class Init(HasSettings):
     fills: ClassVar[tuple[int, ...]] = (2,)  # how many factors the change may have: 2, 3
     unchanged: ClassVar[bool] = True  # the adapted model starts as its base
     scale_free: ClassVar[bool] = False  # the start's product scale * B A is the same for every alpha
+    kinds: ClassVar[tuple[str, ...] | None] = None  # the kinds of site it starts a change at; None: any
+    grouped: ClassVar[bool] = True  # also at a grouped convolution, whose groups read inputs of their own
 
     def __init__(self, spec: Any):
         self.spec, self.key = spec, spec.key
@@ -82,6 +84,11 @@ class Init(HasSettings):
     def needs(cls, spec: Any) -> tuple[str | Need, ...]:
         """Return what must be measured on data before the start."""
         return ()
+
+    @classmethod
+    def needs_at(cls, spec: Any, settings: MethodSpec, shape: Shape) -> tuple[str | Need, ...]:
+        """Return what must be measured at one site, where it is measured with options that its settings decide."""
+        return cls.needs(spec)
 
     @classmethod
     def starts_unchanged(cls, spec: Any) -> bool:

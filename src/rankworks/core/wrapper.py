@@ -116,3 +116,10 @@ class Wrapper(Delta):
         else:
             tag, settings = (inner, {}) if isinstance(inner, str) else (inner.get("delta"), dict(inner))
         return [*cls.Spec.model_fields, *get("delta", str(tag)).cls.accepted(settings)]
+
+
+def factored_settings(settings: MethodSpec) -> Any:
+    """Return the settings of the delta whose factors an initialiser fills: the innermost, where deltas wrap others."""
+    cls: Any = settings.method.cls
+    inner = cls.wrapped(settings) if issubclass(cls, Wrapper) else None
+    return settings if inner is None else factored_settings(inner)
