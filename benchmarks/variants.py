@@ -104,15 +104,18 @@ def task_step(
 ) -> tuple[Callable[[int], object], int]:
     """Return the step of a variant on the examples of a round: ours packed, with logits where a label stands."""
     from rankworks.train.batches import Collator
+    from rankworks.train.compiled import compiled
     from rankworks.train.documents import by_document
     from rankworks.train.objective import Objective
 
     model = TASK[name](sharing_copy(base)).train()
-    own, compiled = name.startswith("ours"), name.endswith("compiled")
-    attention = by_document(model) if own and not compiled else contextlib.nullcontext(False)
+    own = name.startswith("ours")
+    attention = by_document(model) if own else contextlib.nullcontext(False)
     apart = FOR_GOOD.enter_context(attention)
-    collator = Collator(pad, packing=own, multiple=64 if compiled else 1, by_document=apart)
-    objective = Objective(model, compiled=compiled) if own else None
+    collator = Collator(pad, packing=own, by_document=apart)
+    if name.endswith("compiled"):
+        FOR_GOOD.enter_context(compiled(model))
+    objective = Objective(model) if own else None
 
     def step(round_: int) -> None:
         batch = collator.batch(examples(round_))

@@ -190,12 +190,24 @@ def test_out_of_memory_names_the_remedy(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_compiling_does_not_change_the_result():
+def test_compiling_does_not_change_the_result_and_happens_once_for_all_layers_and_lengths():
+    """Packed documents of new lengths come with every step, and three layers share the first two's graphs."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    made: list[int] = []
+
+    class Count(Hook):
+        def after_step(self, moment):
+            made.append(graphs["unique_graphs"])
+
     def short(**settings):
-        loop = make_loop(adapted(layers=1), steps=2, batch_size=4, packing=False, **settings)
+        loop = make_loop(adapted(layers=3), steps=4, batch_size=4, hooks=[Count()], **settings)
         loop.run()
-        return weights(loop.model)
+        return loop
 
     reference, compiled = short(), short(compile=True)
-    for name, tensor in reference.items():
-        torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-3)
+    wanted, found = weights(reference.model), weights(compiled.model)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
+    assert made[3] < made[4] == made[7], made  # the plain run makes none, the first compiled step makes them all
+    assert not any(m._compiled_call_impl for m in compiled.model.modules()), "the model is as it was"

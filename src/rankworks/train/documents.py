@@ -6,7 +6,8 @@ and nothing is masked or padded.
 
 transformers looks its attention up by name in a table that others may add to. A model that finds `NAME` there, and is
 called with `documents` (the lengths, in order) and a mask of four dimensions (which it hands through as it is), gets
-this; any other call gets what "sdpa" does. Which models pass `documents` on is not guessed but tried: `by_document`.
+this; any other call gets what "sdpa" does. A compiler leaves it as it is: every batch has other lengths. Which models
+pass `documents` on is not guessed but tried: `by_document`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rankworks.train.packing import packed_as_alone
 NAME = "rankworks_documents"
 
 
+@torch.compiler.disable
 def document_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:

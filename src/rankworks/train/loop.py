@@ -35,6 +35,7 @@ from rankworks.train.checkpoint import (
     restore_random_states,
     trained_tensors,
 )
+from rankworks.train.compiled import compiled
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.documents import by_document
 from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
@@ -100,11 +101,11 @@ class Loop:
             model.to(self.accelerator.device)
         self.sampler = Sampler(len(examples), train.seed)
         self.steps = train.total_steps(len(examples))
-        self.collator = Collator(pad, packs(model, examples, train), 64 if train.compile else 1)
+        self.collator = Collator(pad, packs(model, examples, train))
         self.optimizer = make_optimizer(model, optim.name, optim.lr, **optim.settings())
         if train.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16", train.compile)
+        objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
         self.objective: Any = self.accelerator.prepare_model(objective, device_placement=False)
         self.device = next(model.parameters()).device
         self.main = self.accelerator.is_main_process
@@ -119,7 +120,8 @@ class Loop:
         self.model.train()
         self._call("on_start")
         bar = Bar("training", self.steps, self.step, self.progress)
-        with self._attention(), self.metrics, bar:
+        faster = compiled(self.model) if self.train.compile else contextlib.nullcontext()
+        with self._attention(), faster, self.metrics, bar:
             while self.step < self.steps:
                 notes = self._guarded_step()
                 bar.advance(1, notes)
@@ -131,11 +133,8 @@ class Loop:
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:
-        """Within the block packed documents lie in one row, where the model can attend document by document.
-
-        Not for a compiled model: a loop over documents, unrolled in every layer, takes minutes to compile.
-        """
-        if not self.collator.packing or self.train.compile:
+        """Within the block packed documents lie in one row, where the model can attend document by document."""
+        if not self.collator.packing:
             yield
             return
         with by_document(self.model) as works:

@@ -25,14 +25,12 @@ class Objective(nn.Module):
     split: SplitModel | None
     call: Any
 
-    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, bf16: bool = False, compiled: bool = False):
+    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, bf16: bool = False):
         super().__init__()
         self.model = model
         self.bf16, self.chunk_bytes = bf16, chunk_bytes
         split = split_model(model)
         call: Any = model if split is None else split.backbone
-        if compiled:
-            call = torch.compile(call, dynamic=True)
         object.__setattr__(self, "split", split)  # parts of `model`, not submodules of their own
         object.__setattr__(self, "call", call)
 
