@@ -262,12 +262,13 @@ def _make_deltas(
     evidence: Evidence,
 ) -> dict[str, Delta]:
     """Return the deltas by site name."""
-    sites = [site for site, _ in resolved]
-    owners = twins(model, sites) if spec.tied == "shared" else {}
-    if spec.select is not None:
-        owners = {**owners, **spec.select.method.cls(spec.select).owners(sites)}  # type: ignore[call-arg]
+    by_name = {site.name: site for site, _ in resolved}
+    owners = twins(model, list(by_name.values())) if spec.tied == "shared" else {}
+    owners = {**owners, **sharing(resolved, spec)}
     initialiser = spec.init.method.cls(spec.init)
-    schedule = None if spec.ranks is None else spec.ranks.method.cls(spec.ranks)
+    schedule: Any = None if spec.ranks is None else spec.ranks.method.cls(spec.ranks)
+    if schedule is not None:
+        schedule.init = spec.init.key
     deltas: dict[str, Delta] = {}
     for site, settings in track(resolved, f"{settings_title(spec)}: starting factors"):
         if site.name in owners:
@@ -288,8 +289,33 @@ def _make_deltas(
                 part.evidence = {}  # used; not kept in memory
         deltas[site.name] = delta
     for name, owner in owners.items():
-        deltas[name] = share(deltas[owner], next(s for s, _ in resolved if s.name == name))
-    return {site.name: deltas[site.name] for site, _ in resolved}
+        deltas[name] = share(deltas[owner], by_name[name])
+    return {name: deltas[name] for name in by_name}
+
+
+def sharing(resolved: list[tuple[Site, MethodSpec]], spec: AdaptSpec) -> dict[str, str]:
+    """Return {site: the site whose change it uses} as the selection says. Raises `TargetError` where it cannot."""
+    if spec.select is None:
+        return {}
+    owners = dict(spec.select.method.cls(spec.select).owners([site for site, _ in resolved]))  # type: ignore[call-arg]
+    settings = {site.name: own for site, own in resolved}
+    problems: dict[str, list[str]] = {}
+    for name, owner in owners.items():
+        cls: type[Delta] = settings[name].method.cls
+        if not cls.portable(settings[name]):
+            reason = (
+                f"{spec.select.key} lets sites share one change, and that of {settings[name].key} is made for the "
+                "weight it stands at: set share to False in select, or choose lora, vera, ..."
+            )
+            problems.setdefault(reason, []).append(name)
+        elif settings[name] != settings[owner]:
+            reason = (
+                f"{spec.select.key} lets sites share one change, which can have one set of settings, and overrides or "
+                f"an allocation of ranks give {owner} others: treat them alike, or set share to False in select"
+            )
+            problems.setdefault(reason, []).append(name)
+    _raise(problems)
+    return owners
 
 
 def settings_title(spec: AdaptSpec) -> str:

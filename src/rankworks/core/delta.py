@@ -177,6 +177,11 @@ class Delta(HasSettings, nn.Module):
         """The delta, itself or one inside, whose trained factors B A (core/lowrank.py) a rank schedule may cut."""
         return None
 
+    @property
+    def empty(self) -> bool:
+        """Whether no rank of it acts, so that it changes nothing and an export may leave it out."""
+        return False
+
     def gated(self, gate: Tensor) -> Factors:
         """Return the factors B diag(gate) A of the change, where it has factors; `gate` (k,) scales its k ranks."""
         factors = self.factors()
@@ -225,6 +230,11 @@ class Delta(HasSettings, nn.Module):
     def accepted(cls, values: Mapping[str, Any]) -> list[str]:
         """Return the settings the flat form may name."""
         return list(cls.Spec.model_fields)
+
+    @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """Return whether no tensor depends on the weight it stands at, so that sites of one shape may share one."""
+        return False
 
     @classmethod
     def factored_rank(cls, spec: Any) -> int | None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from rankworks.core.block import BLOCKS, blocks_of
 from rankworks.core.errors import ConfigError, TargetError, nearest
+from rankworks.core.select import layer_of
 from rankworks.core.site import Site, kind_of, stacked_parameters
 
 ALL_LINEAR = "all-linear"
@@ -196,9 +197,14 @@ def check_overrides(model: nn.Module, sites: Sequence[Site], overrides: dict[str
     return depth
 
 
-def depth_of(model: nn.Module) -> int:
-    """Return how many layers the model has: one more than the largest layer number in its weights' names."""
-    return _depth(list(_candidates(model)))
+def stacks_of(model: nn.Module) -> dict[str, int]:
+    """Return how many layers each stack of the model has, by its name: one more than the largest number in it."""
+    found: dict[str, int] = {}
+    for site in _candidates(model):
+        layer = layer_of(site.path)
+        if layer is not None:
+            found[layer.stack] = max(found.get(layer.stack, 0), layer.number + 1)
+    return found
 
 
 def _candidates(model: nn.Module, kinds: Sequence[str] = ()) -> Iterable[Site]:

@@ -59,6 +59,11 @@ class Bone(Delta):
         return Factors(self._columns().t(), self._shards())
 
     @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """It knows nothing of its weight."""
+        return True
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank out, or rank mini."""
         return spec.rank * (spec.mini or shape.out)

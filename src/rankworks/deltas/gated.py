@@ -6,6 +6,7 @@ Rank schedules act through it (`ranks="adalora"`, ...), which also set where g s
 takes its rank out of the change. Around a trained pair (LoRA) the ranks themselves can then be removed; with a start
 taken out of the base (PiSSA) the gate acts on the trained product alone, W + s (B diag(g) A - B0 A0).
 With G = dL/dW': dL/dg = diag(B^T G A^T), which is zero where the start of B or A is.
+A schedule may hold the last gates constant (`trained_gates`) and ask to see G (`watch`, core/watch.py).
 Source: the middle factor of arXiv:2303.10512 (equation 3) and the gate of arXiv:2311.11696 (section 3.2).
 """
 
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankworks.core.delta import Factors
+from rankworks.core.delta import Delta, Factors
 from rankworks.core.fields import Setting
+from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.lowrank import Factored
 from rankworks.core.registry import DeltaSpec, delta
 from rankworks.core.site import Shape
+from rankworks.core.watch import Note, watched
 from rankworks.core.wrapper import Wrapper
 
 
@@ -31,6 +34,8 @@ class Gated(Wrapper, Factored):
     inner: DeltaSpec = Setting("lora", "the delta between whose factors the gates stand; must have exact factors")
 
     gate: nn.Parameter
+    trained_gates: int | None = None  # how many gates, from the first, are trained; None: all. A schedule sets it
+    watch: Note | None = None  # called with the gradient of the change (out, in) in every backward pass, while it is set
 
     def setup(self, weight: Tensor) -> None:
         """Build the inner delta and the gates, all one."""
@@ -59,7 +64,35 @@ class Gated(Wrapper, Factored):
 
     def factors(self) -> Factors:
         """Exact: (B, diag(g) A)."""
-        return self.inner.gated(self.gate)
+        held = self.trained_gates
+        gate = self.gate if held is None else torch.cat([self.gate[:held], self.gate[held:].detach()])
+        return self.inner.gated(gate)
+
+    def branch(self, x: Input) -> Tensor:
+        """B diag(g) A drop(x), watched where somebody asks."""
+        if self.watch is None or not torch.is_grad_enabled():
+            return super().branch(x)
+        dropped = dropout(x, self.dropout, self.training)
+        B, A = self.factors()
+        return watched(linear(linear(dropped, A), B), dropped, self.watch)
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The product, watched where it is differentiated: grouped convolutions and experts take it as a matrix."""
+        change = super().dense(weight)
+        if self.watch is not None and change.requires_grad:
+            change.register_hook(self.watch)
+        return change
+
+    @property
+    def reader(self) -> Delta | None:
+        """Itself, unless it is watched: then it runs by itself."""
+        return self if self.watch is None else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether every gate is zero, or the inner delta is without ranks; not with a start taken out of the base."""
+        start = getattr(self.inner.pair, "A0", None)
+        return self.inner.empty or (start is None and not bool(self.gate.any()))
 
     @classmethod
     def gates(cls, spec: Any, shape: Shape) -> int:
@@ -67,6 +100,11 @@ class Gated(Wrapper, Factored):
         inner = spec.inner
         rank = inner.method.cls.factored_rank(inner)
         return inner.method.cls.inner_rank(inner, shape) if rank is None else rank
+
+    @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """Where the inner delta is."""
+        return spec.inner.method.cls.portable(spec.inner)
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:

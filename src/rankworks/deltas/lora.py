@@ -47,6 +47,11 @@ class LoRA(LowRank):
         return spec.bias
 
     @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """It knows nothing of its weight."""
+        return True
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """rank (in + out), and out with `bias`."""
         return super().count(spec, shape) + spec.bias * shape.out

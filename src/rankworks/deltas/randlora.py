@@ -170,6 +170,11 @@ class RandLoRA(Whole):
         return ((times + apart) * tokens + forms * K) * d * D
 
     @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """It knows nothing of its weight but the size."""
+        return True
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """n (rank + d)."""
         return _bases(spec.rank, min(shape)) * (spec.rank + min(shape))

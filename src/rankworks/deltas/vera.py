@@ -78,6 +78,11 @@ class VeRA(Projected):
         return spec.rank
 
     @classmethod
+    def portable(cls, spec: Any) -> bool:
+        """It knows nothing of its weight but the size."""
+        return True
+
+    @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """out + rank."""
         return shape.out + spec.rank
