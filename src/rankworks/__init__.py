@@ -12,6 +12,7 @@ from rankworks import select as _select  # noqa: F401 - registers the selections
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
 from rankworks.core.merge import is_merged, merge, unmerge
+from rankworks.core.nested import set_rank
 from rankworks.core.registry import delta, init, methods
 from rankworks.core.sparse import interference, sparse_entries
 from rankworks.core.spec import AdaptSpec
@@ -56,6 +57,7 @@ __all__ = [
     "methods",
     "plan",
     "save",
+    "set_rank",
     "sparse_entries",
     "summary",
     "switch",

@@ -28,6 +28,7 @@ class Nested(NamedTuple):
 
     width: int
     still: int = 0
+    rescaled: bool = True  # the scale is that of a change of rank `width`, and not of the whole
 
 
 class Factored(Delta):
@@ -102,13 +103,19 @@ class LowRank(Factored):
 
     @property
     def scale(self) -> float:
-        """The multiplier of B A: of the ranks that act, where they are nested."""
-        return scale_of(self.alpha, self.rank if self.nested is None else self.nested.width, self.scaling)
+        """The multiplier of B A: of the ranks that act, where they are nested and rescaled."""
+        narrowed = self.nested is not None and self.nested.rescaled
+        return scale_of(self.alpha, self.nested.width if narrowed else self.rank, self.scaling)  # type: ignore[union-attr]
 
     @property
     def pair(self) -> Delta | None:
         """Itself."""
         return self
+
+    @property
+    def empty(self) -> bool:
+        """Without ranks, unless a start is taken out of the base or a bias is trained."""
+        return self.rank == 0 and self.A0 is None and self.shift() is None
 
     def setup(self, weight: Tensor) -> None:
         """Allocate A and B; the initialiser fills them."""
@@ -120,6 +127,8 @@ class LowRank(Factored):
     @torch.no_grad()
     def reset(self, weight: Tensor, init: Init) -> None:
         """Fill A and B from the initialiser, and remember the start where it was taken out of the base."""
+        if not self.rank:  # an allocation may leave a site without any
+            return
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, evidence=self.evidence))
         self.A.copy_(start.A)
@@ -153,6 +162,14 @@ class LowRank(Factored):
         """(scale B, diag(gate) A), less the start: the gate acts on what is trained."""
         return self._product(self.B, gate.to(self.A.dtype).unsqueeze(1) * self.A)
 
+    def unscaled(self) -> Factors:
+        """The factors of change / scale, of the ranks that act: (B, A), or ([B, -B0], [A; A0]) with a start."""
+        B, A = (self.B, self.A) if self.nested is None else _nested(self.B, self.A, self.nested)
+        if self.A0 is None or self.B0 is None:
+            return Factors(B, A)
+        start = scale_of(self.alpha, self.rank, self.scaling) / (self.scale or 1.0)
+        return Factors(torch.cat([B, -start * self.B0], dim=1), torch.cat([A, self.A0], dim=0))
+
     def _product(self, B: Tensor, A: Tensor) -> Factors:
         if self.nested is not None:
             B, A = _nested(B, A, self.nested)
@@ -160,7 +177,7 @@ class LowRank(Factored):
             return Factors(self.scale * B, A)
         scale = scale_of(self.alpha, self.rank, self.scaling)
         if A.shape != self.A0.shape:  # ranks were cut or added since the start
-            return Factors(scale * torch.cat([B, -self.B0], dim=1), torch.cat([A, self.A0], dim=0))
+            return Factors(torch.cat([self.scale * B, -scale * self.B0], dim=1), torch.cat([A, self.A0], dim=0))
         wide = torch.cat([B - self.B0, self.B0], dim=1)  # (out, 2r)
         return Factors(scale * wide, torch.cat([A, A - self.A0], dim=0))
 
@@ -181,20 +198,24 @@ class LowRank(Factored):
 
 
 def scale_of(alpha: float, rank: int, scaling: str = "standard") -> float:
-    """Return alpha/rank, or alpha/sqrt(rank) for "rslora"; 0 where there is no rank."""
-    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank) if rank else 0.0
+    """Return alpha/rank, or alpha/sqrt(rank) for "rslora"; without ranks alpha itself, so that a scale survives them.
+
+    A change whose last rank was cut may still take its start B0 A0 out of the base, and may grow again.
+    """
+    rank = max(rank, 1)
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
 def alpha_of(scale: float, rank: int, scaling: str = "standard") -> float:
     """Return the alpha that gives exactly this scale at this rank, where a float does (the nearest where none does)."""
-    near = scale * (math.sqrt(rank) if scaling == "rslora" else rank)
+    near = scale * (math.sqrt(max(rank, 1)) if scaling == "rslora" else max(rank, 1))
     tried = [near, math.nextafter(near, 0.0), math.nextafter(near, math.inf)]
     return min(tried, key=lambda alpha: abs(scale_of(alpha, rank, scaling) - scale))
 
 
 def _nested(B: Tensor, A: Tensor, nested: Nested) -> tuple[Tensor, Tensor]:
     """The first `width` columns of B and rows of A, the first `still` of them without gradient."""
-    width, still = nested
+    width, still = nested.width, nested.still
     B, A = B[:, :width], A[:width]
     if not still:
         return B, A

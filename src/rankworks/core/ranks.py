@@ -32,6 +32,9 @@ class RankSchedule(HasSettings):
     gates: ClassVar[bool] = False  # acts through a gate per rank
     pairs: ClassVar[bool] = False  # needs a trained pair of factors B A (core/lowrank.py), to cut or to grow
     inits: ClassVar[tuple[str, ...] | None] = None  # the initialisers it goes with; None: any
+    ordered: ClassVar[bool] = False  # the first b ranks are a change by themselves, for every b (`rankworks.set_rank`)
+    rescaled: ClassVar[bool] = True  # and it has the scale of a change of rank b, rather than that of the whole
+    init: str = "default"  # the key of the initialiser that went before `prepare`
     exact_gradient: ClassVar[bool] = True  # backward is the derivative of forward while it prepares nothing else
 
     def __init__(self, spec: Any):

@@ -215,16 +215,10 @@ def _lora_entry(part: Part) -> Entry:
     """Return a layer's factors with the method's own scale where it has one scale, else folded into B."""
     delta = part.delta
     if isinstance(delta, LowRank) and hasattr(delta, "A"):
-        return Entry(part, _unscaled(delta), delta.scale, bias=getattr(delta, "c", None))
+        return Entry(part, delta.unscaled(), delta.scale, bias=getattr(delta, "c", None))
     factors = part.factors()
     assert factors is not None  # LoRA and Hydra always have them
     return Entry(part, factors, 1.0, bias=part.bias())
-
-
-def _unscaled(delta: LowRank) -> Factors:
-    if delta.A0 is None or delta.B0 is None:
-        return Factors(delta.B, delta.A)
-    return Factors(torch.cat([delta.B, -delta.B0], dim=1), torch.cat([delta.A, delta.A0], dim=0))
 
 
 def _inner(part: Part) -> Delta:
@@ -244,7 +238,7 @@ def _dora_entry(part: Part) -> Entry:
         )
     m: Tensor = part.delta.m
     if isinstance(inner, LowRank):
-        return Entry(part, _unscaled(inner), inner.scale, m)
+        return Entry(part, inner.unscaled(), inner.scale, m)
     return Entry(part, factors, 1.0, m)
 
 

@@ -1,0 +1,22 @@
+"""A few steps of a rank schedule on a tiny model, started by a launcher; writes what it trained to the file given."""
+
+from __future__ import annotations
+
+import sys
+
+from runs import tiny_run
+from safetensors.torch import save_file
+
+from rankworks.train.checkpoint import trained_tensors
+
+
+def main(path: str, schedule: str, delta: str = "lora") -> None:
+    settings = {"rank": 4} if delta == "lora" else {}
+    loop = tiny_run(delta=delta, ranks=schedule, steps=5, **settings)
+    loop.run()
+    if loop.main:
+        save_file({k: t.detach().contiguous() for k, t in trained_tensors(loop.model).items()}, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
