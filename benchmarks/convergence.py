@@ -1,0 +1,177 @@
+"""How fast methods learn: every contender at its own best rate out of one grid, over several seeds, on real tasks.
+
+Used by `inits.py --converge` and `ranks.py`. A cell is one run: (contender, learning rate, seed). The grid is run with
+the first seed; a contender's best rate is the one with the lowest held-out loss at the end, and the other seeds are run
+at that rate. Batches, their order and the held-out records are the same for all contenders of a seed. Every finished
+cell is a line in a file, so a benchmark that was stopped goes on where it was; nothing here measures time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL = "smollm2-135m"
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t for a two-sided 95 % interval of a mean, by the number of seeds."""
+
+TASKS: dict[str, dict[str, Any]] = {
+    "bbc": {"data": {"name": "bbc-news", "max_length": 64}},
+    "stdlib": {"data": {"name": "python-stdlib", "max_length": 96}},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a benchmark have in common."""
+
+    steps: int = 24
+    batch: int = 4
+    every: int = 4  # steps between measurements of the held-out loss
+    held_out: int = 24  # examples
+    rates: tuple[float, ...] = (2e-4, 8e-4, 3.2e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class Bench:
+    """One task: the model and the examples, and the file of finished cells."""
+
+    def __init__(self, task: str, setting: Setting, file: Path, contenders: Mapping[str, dict[str, Any]]):
+        self.task, self.setting, self.file, self.contenders = task, setting, file, contenders
+        self.cells: dict[str, dict[str, Any]] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                cell = json.loads(line)
+                self.cells[cell["cell"]] = cell
+        self._loaded: Any = None
+
+    def run(self) -> dict[str, Any]:
+        """Run what is missing and return the table of contenders."""
+        import common
+
+        rows = {}
+        first, *others = self.setting.seeds
+        for number, name in enumerate(self.contenders, start=1):
+            grid = {rate: self.cell(name, rate, first) for rate in self.setting.rates}
+            best = min(grid, key=lambda rate: grid[rate]["end"])
+            cells = [grid[best], *(self.cell(name, best, seed) for seed in others)]
+            rows[name] = {"rate": best, "ends": [c["end"] for c in cells], "cells": cells}
+            common.note(
+                f"{self.task}: {name} ({number} of {len(self.contenders)}), rate {best:g}: {rows[name]['ends']}"
+            )
+        return rows
+
+    def cell(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+        """Return one finished run, made now if it was not before."""
+        key = json.dumps([self.task, self.contenders[name], rate, seed, _plain(self.setting)], sort_keys=True)
+        if key not in self.cells:
+            cell = {"cell": key, "name": name, "rate": rate, "seed": seed, **self._train(name, rate, seed)}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(cell) + "\n")
+            self.cells[key] = cell
+        return self.cells[key]
+
+    def _train(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+        import rankworks as rw
+        from rankworks.calibrate import needed
+        from rankworks.core.errors import TrainingError
+        from rankworks.core.spec import AdaptSpec
+        from rankworks.train.calibration import measure_evidence
+        from rankworks.train.config import OptimConfig, TrainConfig
+        from rankworks.train.evaluate import mean_loss
+        from rankworks.train.loop import Loop
+
+        model, prepared, examples, held_out = self._load()
+        setting, pad = self.setting, prepared.pad
+        spec = AdaptSpec.from_flat({"seed": seed, **self.contenders[name]})
+        needs = needed(model, spec)
+        evidence = (
+            measure_evidence(
+                model, prepared, spec, needs, batches=8, batch_size=setting.batch, seed=seed, progress=False
+            )
+            if needs
+            else None
+        )
+        rw.adapt(model, spec, evidence=evidence)
+        try:
+            train = TrainConfig(steps=setting.steps, batch_size=setting.batch, seed=seed, eval_every=setting.every)
+            optim = OptimConfig(lr=rate, schedule="linear", warmup=0.1)
+            measure = lambda: mean_loss(model, held_out, pad)  # noqa: E731
+            start = measure()["loss"]
+            loop = Loop(model, examples, train, optim, evaluate=measure, pad=pad, progress=False)
+            try:
+                loop.run()
+                valid = [[v["step"], v["loss"]] for v in loop.history.valid]
+            except TrainingError:  # it diverged
+                valid = [[v["step"], v["loss"]] for v in loop.history.valid] + [[setting.steps, math.inf]]
+            trained = rw.trainable_parameters(model)
+        finally:
+            rw.detach(model)
+        end = valid[-1][1]
+        return {"start": start, "valid": valid, "end": end if math.isfinite(end) else 1e9, "trained": trained}
+
+    def _load(self) -> Any:
+        if self._loaded is None:
+            import rankworks as rw
+            from rankworks.train.prepare import Prepared
+            from rankworks.train.sources import load_task
+
+            model, tokenizer = rw.load_model(MODEL, dtype="float32")
+            task = load_task(TASKS[self.task]["data"])
+            prepared = Prepared(task, model, tokenizer, progress=False)
+            records = task.train[: 40 * self.setting.batch * self.setting.steps]
+            examples = prepared.examples(records, "train")
+            held_out = prepared.examples((task.test or task.valid)[: self.setting.held_out * 2], "test")
+            self._loaded = model, prepared, examples, held_out[: self.setting.held_out]
+        return self._loaded
+
+
+def steps_to(valid: Sequence[Sequence[float]], start: float, target: float) -> float | None:
+    """Return the step at which a run's held-out loss first is `target`, between measurements; None if it never is."""
+    at, loss = 0.0, start
+    for step, value in valid:
+        if value <= target:
+            return at + (step - at) * ((loss - target) / (loss - value) if loss > value else 1.0)
+        at, loss = step, value
+    return None
+
+
+def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
+    """Return per contender: its best rate, mean end loss with its interval, and steps to reach the plain one's end.
+
+    The target is the plain contender's end loss with the same seed; a run that never reaches it counts as more than all
+    steps, and then no mean of steps is given.
+    """
+    table = {}
+    for name, row in rows.items():
+        reached = [
+            steps_to(cell["valid"], cell["start"], other["end"])
+            for cell, other in zip(row["cells"], rows[plain]["cells"], strict=True)
+        ]
+        known = [r for r in reached if r is not None]
+        table[name] = {
+            "rate": row["rate"],
+            "trained": row["cells"][0]["trained"],
+            "loss": interval(row["ends"]),
+            "steps": [None if r is None else round(r, 1) for r in reached],
+            "steps_mean": interval(known) if len(known) == len(reached) else None,
+        }
+    return table
+
+
+def interval(numbers: Sequence[float]) -> dict[str, float]:
+    """Return the mean and its 95 % interval."""
+    mean = statistics.fmean(numbers)
+    half = T95[len(numbers)] * statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    """What decides a cell's numbers, without what only says how many cells there are."""
+    return {k: v for k, v in asdict(setting).items() if k not in ("rates", "seeds")}
