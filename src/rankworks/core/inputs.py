@@ -40,6 +40,8 @@ class Patches:
     def linear(self, matrix: Tensor) -> Tensor:
         """Convolve with the rows of `matrix` (k, C * prod(kernel)) as kernels; returns (N, *spatial', k)."""
         conv = self.module
+        if not len(matrix):  # a convolution has at least one output; a change without ranks has none
+            return self.linear(matrix.new_zeros(1, matrix.shape[1]))[..., :0]
         kernel = matrix.to(self.image.dtype).reshape(-1, self.image.shape[1], *conv.kernel_size)  # (k, C, *kernel)
         return convolve(self.image, kernel, conv, groups=1).movedim(1, -1)
 

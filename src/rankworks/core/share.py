@@ -93,7 +93,8 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
 
 def _stamp(delta: Delta) -> tuple[Any, ...]:
     """What changes when a tensor of the delta is changed, exchanged or frozen."""
-    tensors = [*delta._parameters.values(), *delta._buffers.values()]
+    within = delta.modules() if delta._modules else (delta,)
+    tensors = [t for m in within for t in (*m._parameters.values(), *m._buffers.values())]
     tensors += delta.shared.parameters() if delta.shared is not None else []  # a trained bank
     return tuple((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
 

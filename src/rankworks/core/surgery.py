@@ -3,7 +3,13 @@
 The tensors with an axis along the rank are A (rank, in), B (out, rank) and, where there are gates, g (rank,). A cut or
 grown tensor is a new parameter in the same place of the module and of its parameter group; every tensor of the
 optimizer's state that has the parameter's shape is cut and grown like it (new ranks have moments of zero), other
-state, such as the step, stays. What is left keeps its scale: alpha follows the rank.
+state, such as the step, stays. An optimizer that keeps something else of a tensor (a row of means, say) begins anew
+with it. What is left keeps its scale: alpha follows the rank.
+
+What is kept of the factors, moments and gradients is kept to the bit, and so is the next elementwise update from the
+same gradients. The outputs after removing a rank that is zero are the same sums with terms of zero left out: the same
+to the bit where the sums are exact, else to rounding, since a BLAS adds in an order that depends on the rank. The scale
+is alpha/rank with the alpha that gives it; where no float does, it moves by one unit in the last place.
 
 A run over several processes gathers gradients of parameters as they were when it began, so ranks change in a run of
 one process, or between runs.
@@ -23,7 +29,8 @@ from rankworks.core.config import read
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
 from rankworks.core.lowrank import LowRank, alpha_of
-from rankworks.core.state import NAME, State
+from rankworks.core.merge import refuse_merged
+from rankworks.core.state import NAME, State, state_of
 
 AXES = {"A": 0, "B": 1, "gate": 0}
 """The axis along the rank of every tensor that has one."""
@@ -38,10 +45,42 @@ def ranked(delta: Delta) -> dict[str, tuple[nn.Module, Tensor]]:
     if not isinstance(pair, LowRank):
         raise TrainingError(f"{delta.spec.key} has no trained pair of factors whose ranks could be changed.")
     found: dict[str, tuple[nn.Module, Tensor]] = {"A": (pair, pair.A), "B": (pair, pair.B)}
-    gate = next((m for m in delta.modules() if isinstance(getattr(m, "gate", None), nn.Parameter)), None)
+    gate = gated_of(delta)
     if gate is not None:
-        found["gate"] = (gate, gate.gate)  # type: ignore[dict-item]
+        found["gate"] = (gate, gate.gate)
     return found
+
+
+def gated_of(delta: Delta) -> Any:
+    """Return the `gated` delta (deltas/gated.py), this one or one inside, that holds a gate per rank; None without."""
+    return next((m for m in delta.modules() if isinstance(m._parameters.get("gate"), nn.Parameter)), None)
+
+
+@torch.no_grad()
+def compact(model: nn.Module, name: str = "default", optimizer: Optimizer | None = None) -> dict[str, int]:
+    """Remove the ranks whose gate is zero from every site of an adapter, the output unchanged; return what is left.
+
+    A site without a trained pair, whose factors come from elsewhere (vera, lora-xs), keeps its gates of zero.
+    Raises `MergeError` while adapters are merged.
+    """
+    state = state_of(model)
+    refuse_merged(state, "cut ranks of")
+    deltas = state.adapter(name).deltas
+    for delta in {id(d): d for d in deltas.values()}.values():
+        cut_closed(delta, optimizer)
+    gates = {key: gated_of(delta) for key, delta in deltas.items()}
+    return {key: int(torch.count_nonzero(gated.gate)) for key, gated in gates.items() if gated is not None}
+
+
+@torch.no_grad()
+def cut_closed(delta: Delta, optimizer: Optimizer | None = None) -> None:
+    """Remove the ranks whose gate is zero, where the ranks can be removed."""
+    gated = gated_of(delta)
+    if gated is None or not isinstance(delta.pair, LowRank):
+        return
+    index = gated.gate.nonzero().flatten()
+    if len(index) < len(gated.gate):
+        keep_ranks(delta, index, optimizer)
 
 
 @torch.no_grad()
@@ -83,9 +122,9 @@ def pair_of(delta: Delta) -> LowRank:
 
 
 def settle(delta: Delta, rank: int, scale: float) -> None:
-    """Let a pair's settings say the rank it has now, with the alpha that gives this scale (any, for rank 0)."""
+    """Let a pair's settings say the rank it has now, with the alpha that gives this scale."""
     pair = pair_of(delta)
-    alpha = alpha_of(scale, rank, pair.scaling) if rank and scale else pair.alpha
+    alpha = alpha_of(scale, rank, pair.scaling)
     pair.spec = pair.spec.replace(rank=rank, alpha=alpha)
     pair.rank, pair.alpha = rank, alpha
 
@@ -125,9 +164,10 @@ def swap(
     state = optimizer.state.pop(old, None)
     if state is None or change is None:
         return
+    if any(isinstance(value, Tensor) and value.dim() and value.shape != old.shape for value in state.values()):
+        return
     optimizer.state[new] = {
-        key: change(value) if isinstance(value, Tensor) and value.shape == old.shape and value.dim() else value
-        for key, value in state.items()
+        key: change(value) if isinstance(value, Tensor) and value.dim() else value for key, value in state.items()
     }
 
 

@@ -35,7 +35,7 @@ class Gated(Wrapper, Factored):
 
     gate: nn.Parameter
     trained_gates: int | None = None  # how many gates, from the first, are trained; None: all. A schedule sets it
-    watch: Note | None = None  # called with the gradient of the change (out, in) in every backward pass, while it is set
+    watch: Note | None = None  # while set, called with the change's gradient (out, in) in every backward
 
     def setup(self, weight: Tensor) -> None:
         """Build the inner delta and the gates, all one."""
@@ -67,6 +67,16 @@ class Gated(Wrapper, Factored):
         held = self.trained_gates
         gate = self.gate if held is None else torch.cat([self.gate[:held], self.gate[held:].detach()])
         return self.inner.gated(gate)
+
+    def factors_on(self, weight: Tensor) -> Factors:
+        """The factors of the ranks that act: without those whose gate is zero (a change of zero keeps one)."""
+        B, A = self.factors()
+        acts = A.any(dim=1)
+        if acts.all():
+            return Factors(B, A)
+        if not acts.any():
+            acts[:1] = True
+        return Factors(B[:, acts], A[acts])
 
     def branch(self, x: Input) -> Tensor:
         """B diag(g) A drop(x), watched where somebody asks."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.errors import ExportError, UnknownNameError
-from rankworks.core.lowrank import LowRank
 from rankworks.core.site import Site, kind_of
 from rankworks.core.state import Adapter, State, state_of
 
@@ -115,7 +114,7 @@ def refuse_weightless(key: str, delta: Delta, kind: str) -> None:
 
 
 def parts_of(adapter: Adapter, kind: str) -> list[Part]:
-    """Return the adapter's layers in order, without deltas of rank 0 (they change nothing).
+    """Return the adapter's layers in order, without deltas that have no rank that acts (they change nothing).
 
     Raises `ExportError` for a stacked expert tensor, which has no layer of its own.
     """
@@ -128,12 +127,15 @@ def parts_of(adapter: Adapter, kind: str) -> list[Part]:
             )
         delta = adapter.deltas[key]
         refuse_weightless(key, delta, kind)
-        if not (isinstance(delta, LowRank) and delta.rank == 0):
+        if not delta.empty:
             groups.setdefault(site.path, []).append((site, delta))
     parts = []
     for path, pairs in groups.items():
         module = pairs[0][0].module
         parts.append(Part(path, kind_of(module) or pairs[0][0].kind, module, tuple(pairs)))
     if not parts and not adapter.full:
-        raise ExportError("every site of the adapter has rank 0: there is nothing to export.")
+        raise ExportError(
+            "every site of the adapter has rank 0: there is nothing to export. Keep the base as it is, or train with a "
+            "weaker rank schedule."
+        )
     return parts

@@ -110,10 +110,10 @@ def _check_conv(part: Part, dora: bool) -> None:
 
 
 class LoRAFamily(Family):
-    """LoRA and DoRA, which PEFT keeps in one file type; also Hydra, whose change is a LoRA with a bias."""
+    """LoRA and DoRA, which PEFT keeps in one file type; also Hydra and gated factors, whose changes are LoRAs."""
 
     peft_type: ClassVar[str] = "LORA"
-    deltas: ClassVar[tuple[str, ...]] = ("lora", "dora", "hydra")
+    deltas: ClassVar[tuple[str, ...]] = ("lora", "dora", "hydra", "gated")
     names: ClassVar[tuple[str, ...]] = (
         "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", layout.MAGNITUDE, layout.BIAS,
     )  # fmt: skip
@@ -230,14 +230,16 @@ def _dora_entry(part: Part) -> Entry:
     if part.delta is None:
         raise ExportError(f"PEFT's DoRA has no row ranges, and {part.path} has one: {nearest_kind([part])}.")
     inner = _inner(part)
-    factors = inner.factors()
+    factors = inner.factors_on(part.pairs[0][0].weight)
     if factors is None:
         raise ExportError(
             f"PEFT's DoRA is around a LoRA, and the inner change at {part.path} ({inner.spec.key}) has no factors: "
             f"{nearest_kind([part])}."
         )
     m: Tensor = part.delta.m
-    if isinstance(inner, LowRank):
+    if not len(factors.A):  # PEFT's files have no rank 0
+        factors = Factors(factors.B.new_zeros(len(factors.B), 1), factors.A.new_zeros(1, factors.A.shape[1]))
+    elif isinstance(inner, LowRank):
         return Entry(part, inner.unscaled(), inner.scale, m)
     return Entry(part, factors, 1.0, m)
 
