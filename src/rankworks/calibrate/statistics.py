@@ -1,43 +1,23 @@
-"""What can be measured at a site on data: one small class per statistic, found by its name.
+"""What can be measured at a site on data, found by its name.
 
-A statistic sees a site once per use of its layer and once per batch, and keeps its sums on the CPU in at least float32.
-A new one is a class here with a name in `STATISTICS`: `backward` says whether it needs gradients at all.
-
-    gradient              mean over batches of G, the gradient of the batch's loss in the weight     (out, in)
-    gradient_magnitude    mean over batches of |G|                                                   (out, in)
-    fisher                mean over batches of G^2, the diagonal of the empirical Fisher matrix where a batch is
-                          one sample                                                                 (out, in)
-    input_second_moment   mean over tokens of x x^T, x what the weight multiplies                    (in, in)
+gradient              mean over batches of G, the gradient of the batch's loss in the weight     (out, in)
+gradient_magnitude    mean over batches of |G|                                                   (out, in)
+fisher                mean over batches of G^2, the diagonal of the empirical Fisher matrix where a batch is
+                      one sample                                                                 (out, in)
+input_second_moment   mean over tokens of x x^T, x what the weight multiplies                    (in, in)
+input_svd             the principal directions of the inputs (calibrate/input_svd.py)
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from rankworks.calibrate.input_svd import InputSVD
+from rankworks.calibrate.statistic import UNUSED, Statistic, Tokens
 from rankworks.core.site import Shape
-
-
-class Statistic:
-    """One statistic of one site."""
-
-    backward: ClassVar[bool] = False
-
-    def read(self, x: Tensor) -> None:
-        """Take the inputs (n, in) of one use of the layer."""
-
-    def gradient(self, G: Tensor) -> None:
-        """Take the gradient (out, in) of one batch's loss, over all uses of the layer in it."""
-
-    def result(self) -> Tensor | dict[str, Tensor]:
-        """Return the mean; a statistic of several parts returns them by name."""
-        raise TypeError(f"{type(self).__name__} must define result()")
-
-    def example(self, shape: Shape, generator: torch.Generator) -> Tensor | dict[str, Tensor]:
-        """Return a random result for a weight of this shape, for tests of what starts from it."""
-        return torch.randn(shape.out, shape.in_, generator=generator)
 
 
 class Gradient(Statistic):
@@ -57,6 +37,10 @@ class Gradient(Statistic):
 
     def _of(self, G: Tensor) -> Tensor:
         return G
+
+    def lacks(self) -> str | None:
+        """No gradient came."""
+        return UNUSED if self.total is None else None
 
     def result(self) -> Tensor:
         """The mean over batches."""
@@ -87,23 +71,40 @@ class Fisher(Gradient):
 
 
 class InputSecondMoment(Statistic):
-    """The mean outer product of the inputs."""
+    """The mean outer product of the inputs.
 
-    def __init__(self) -> None:
+    With `normalise="sample"` every sample's inputs are first divided by |their largest number|, as CorDA's released
+    code does; the mean is still over tokens.
+    """
+
+    def __init__(self, normalise: Literal["none", "sample"] = "none", tokens: Tokens = "attended"):
+        self.normalise, self.tokens = normalise, tokens
         self.total: Tensor | None = None
-        self.tokens = 0
+        self.count = 0
 
-    def read(self, x: Tensor) -> None:
+    def read(self, x: Tensor, samples: Tensor) -> None:
         """Add one use's."""
+        if not len(x):
+            return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        outer = (x.t() @ x).cpu()  # (in, in)
-        self.total = outer if self.total is None else self.total.add_(outer)
-        self.tokens += len(x)
+        if self.normalise == "sample":
+            x = x / _largest(x, samples).unsqueeze(1)
+        if self.total is None:
+            self.total = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+        if x.device == self.total.device:
+            self.total.addmm_(x.t(), x)  # (in, in)
+        else:
+            self.total.add_((x.t() @ x).cpu())
+        self.count += len(x)
+
+    def lacks(self) -> str | None:
+        """No input came."""
+        return UNUSED if self.total is None else None
 
     def result(self) -> Tensor:
         """The mean over tokens."""
         assert self.total is not None
-        return self.total / self.tokens
+        return self.total / self.count
 
     def example(self, shape: Shape, generator: torch.Generator) -> Tensor:
         """Of as many random inputs as there are features, and a few more."""
@@ -111,9 +112,17 @@ class InputSecondMoment(Statistic):
         return x.t() @ x / len(x)
 
 
+def _largest(x: Tensor, samples: Tensor) -> Tensor:
+    """Return for each row of (n, in) |the largest number of its sample|, or 1 where that is 0: (n,)."""
+    rows = x.amax(1)
+    found = rows.new_full((int(samples.max()) + 1,), -torch.inf).scatter_reduce_(0, samples, rows, "amax").abs()
+    return torch.where(found == 0, 1.0, found)[samples]
+
+
 STATISTICS: dict[str, Any] = {
     "gradient": Gradient,
     "gradient_magnitude": GradientMagnitude,
     "fisher": Fisher,
     "input_second_moment": InputSecondMoment,
+    "input_svd": InputSVD,
 }

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankworks.core.inputs import Patches
 from rankworks.core.site import Site, is_conv1d_hf, orient_expert
 
 
@@ -46,12 +45,12 @@ def tap(
     """Watch a layer: `read(x)` on every input, `found(G)` on every gradient of its stored weight. Returns the hook."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
         if read is not None:
-            read(x)
+            read(given)  # the very object: siblings are known by it
         if found is None:
             return None
-        take = found
+        take, x = found, given.detach()
         return Through.apply(output, anchor, lambda g: take(weight_gradient(layer, x, g)))
 
     return module.register_forward_hook(hook, with_kwargs=True)
@@ -71,13 +70,6 @@ def weight_gradient(layer: Any, x: Tensor, g: Tensor) -> Tensor:
     finally:
         layer._parameters["weight"] = held
     return G.t() if isinstance(layer, nn.Embedding) else G.flatten(1)
-
-
-def inputs_of(site: Site, x: Tensor) -> Tensor:
-    """Return what the site's weight multiplies in this use, (n, in)."""
-    if site.kind == "conv":
-        return Patches(x, site.module).tokens().flatten(0, -2)
-    return x.flatten(0, -2)
 
 
 def part(site: Site, G: Tensor) -> Tensor:

@@ -171,6 +171,12 @@ def adapter_of(model: nn.Module, name: str = "default") -> Adapter:
     return state_of(model).adapter(name)
 
 
+def holds_numbers(delta: nn.Module) -> bool:
+    """Whether a delta can change anything: not where an allocation has left its tensors without a number, rank 0."""
+    sizes = [p.numel() for p in delta.parameters()]
+    return not sizes or any(sizes)
+
+
 LARGEST = 8.0  # of |dW|/|W|: beyond it a tiny network's output tells rounding, not the method
 
 

@@ -4,10 +4,11 @@
     next batch               S, C = SVD of [diag(S) C ; X - m_b ; sqrt(n m / (n + m)) (mu - m_b)], the first k
 
 S (k,) singular values and C (k, in) orthonormal rows, those of all rows seen less their common mean mu; m_b is the
-batch's mean, n the rows seen before. The last stacked row carries what the shift of the mean adds to the scatter:
-sum_t (x_t - mu')(x_t - mu')^T over both parts is the sum of their own scatters and n m / (n + m) (mu - m_b)(mu - m_b)^T.
+batch's mean, n the rows seen before. The last stacked row carries what the shift of the mean adds to the scatter: over
+both parts, sum_t (x_t - mu')(x_t - mu')^T is the sum of their own and n m / (n + m) (mu - m_b)(mu - m_b)^T.
 Exact where all rows seen have at most k directions around their mean; otherwise what a batch has beyond the k kept is
-lost, the leading ones least. Source: Ross, Lim, Lin and Yang (2008), "Incremental learning for robust visual tracking".
+lost, the leading ones least.
+Source: Ross, Lim, Lin and Yang (2008), "Incremental learning for robust visual tracking".
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def worth(metric: str, values: Tensor, spread: Tensor, count: Tensor | int) -> T
 
 
 def share_out(worths: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return how many of the `budget` largest numbers each name holds; of equal ones the first name's come first."""
-    names = [name for name, found in worths.items() for _ in range(len(found))]
-    pooled = torch.cat([found.detach().double().cpu() for found in worths.values()])
+    """Return how many of the `budget` largest numbers each name holds, equal ones in the order of the names."""
+    order = sorted(worths)
+    names = [name for name in order for _ in range(len(worths[name]))]
+    pooled = torch.cat([worths[name].detach().double().cpu() for name in order])
     ranks = dict.fromkeys(worths, 0)
     for place in pooled.argsort(descending=True, stable=True)[:budget].tolist():
         ranks[names[place]] += 1

@@ -88,8 +88,7 @@ def _evidence(
     model: nn.Module, tokenizer: Any, task: Task, config: RunConfig, spec: AdaptSpec, progress: bool
 ) -> Evidence | None:
     """Measure on the training data what the method asks to know before it starts; None where it asks nothing."""
-    needs = needed(model, spec)
-    if not needs:
+    if not needed(model, spec):
         return None
     show = progress and processes().is_main_process
     prepared = Prepared(task, model, tokenizer, show)
@@ -97,7 +96,6 @@ def _evidence(
         model,
         prepared,
         spec,
-        needs,
         batches=config.calibrate.batches,
         batch_size=config.train.batch_size,
         seed=config.train.seed,

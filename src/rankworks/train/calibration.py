@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from rankworks.calibrate import calibrate
-from rankworks.core.evidence import Evidence, Need
+from rankworks.calibrate import Masks, calibrate
+from rankworks.core.evidence import Evidence
 from rankworks.core.spec import AdaptSpec
-from rankworks.train.batches import Batch, Collator, Sampler
+from rankworks.train.batches import Batch, Collator, Example, Sampler
+from rankworks.train.loss import IGNORE
 from rankworks.train.objective import Objective
 from rankworks.train.prepare import Prepared
 
@@ -21,7 +23,6 @@ def measure_evidence(
     model: nn.Module,
     prepared: Prepared,
     spec: AdaptSpec,
-    needs: Sequence[str | Need],
     *,
     batches: int,
     batch_size: int,
@@ -37,10 +38,21 @@ def measure_evidence(
     chosen = [records[i] for i in Sampler(len(records), seed).take(count)] if count else []
     examples = prepared.examples(chosen, "calibration")
     collate = Collator(prepared.pad).batch
-    data = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+    parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    data = [(batch := collate(part), masks_of(part, batch)) for part in parts]
     objective = Objective(model, WHOLE)
 
-    def loss(_: nn.Module, batch: Batch):
-        return objective.loss(batch) / max(1, batch.learned)
+    def loss(_: nn.Module, item: tuple[Batch, Masks]):
+        return objective.loss(item[0]) / max(1, item[0].learned)
 
-    return calibrate(model, data, needs, targets=spec.targets, exclude=spec.exclude, loss=loss, progress=progress)
+    return calibrate(model, data, spec, loss=loss, masks=lambda item: item[1], progress=progress)
+
+
+def masks_of(examples: Sequence[Example], batch: Batch) -> Masks:
+    """Return which tokens of a batch, one example a row, are no padding, and which of them are learned.
+
+    A language model's batch is padded behind its tokens without a mask, which no causal attention needs.
+    """
+    lengths = torch.tensor([len(e.input_ids) for e in examples])
+    attended = torch.arange(batch.inputs["input_ids"].shape[1]) < lengths.unsqueeze(1)  # (rows, width)
+    return Masks(attended, batch.labels != IGNORE if batch.labels.dim() == 2 else None)
