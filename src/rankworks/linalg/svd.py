@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankworks.linalg.gram import leading_triplets
+
 SVD = tuple[Tensor, Tensor, Tensor]
+CONDITION = 1e4  # of columns that a Cholesky factor in float64 may make orthonormal: 1e4^2 eps64 < eps32
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,9 +28,16 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     """Return the best rank-`rank` approximation of a matrix (m, n), in at least float32.
 
+    Of a float32 matrix (and narrower) the triplets come from the smaller Gram matrix in float64 where that is as exact
+    as a float32 SVD, which is the case unless the matrix has (nearly) a smaller rank, and else from the full SVD.
     Source: Eckart and Young (1936); the squared error is the sum of the squared singular values left out.
     """
     exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if exact.dtype == torch.float32:
+        found = leading_triplets(exact, min(rank, *exact.shape))
+        if found is not None:
+            u, vh = fix_signs(found[0], found[2])
+            return u.float(), found[1].float(), vh.float()
     u, s, vh = torch.linalg.svd(exact, full_matrices=False)
     u, vh = fix_signs(u[:, :rank], vh[:rank])
     return u, s[:rank], vh
@@ -47,13 +57,30 @@ def randomised_svd(
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
-    basis = torch.linalg.qr(exact @ probe).Q  # (m, width)
+    basis = orthonormal(exact @ probe)  # (m, width)
     for _ in range(iterations):
-        basis = torch.linalg.qr(exact.mT @ basis).Q  # (n, width)
-        basis = torch.linalg.qr(exact @ basis).Q  # (m, width)
-    small_u, s, vh = torch.linalg.svd(basis.mT @ exact, full_matrices=False)  # of (width, n)
-    u, vh = fix_signs((basis @ small_u)[:, :rank], vh[:rank])
-    return u, s[:rank], vh
+        basis = orthonormal(exact.mT @ basis)  # (n, width)
+        basis = orthonormal(exact @ basis)  # (m, width)
+    small_u, s, vh = truncated_svd(basis.mT @ exact, rank)  # of (width, n)
+    u, vh = fix_signs(basis @ small_u, vh)
+    return u, s, vh
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis (m, k) of the span of columns (m, k), m >= k.
+
+    Of float32 columns by a Cholesky factor in float64, C^T C = R^T R, Q = C R^-1: a few products, where Householder's
+    QR goes column by column. Its error grows with the square of the columns' condition number, so where that could
+    reach float32's precision, and for float64, it is Householder's QR.
+    """
+    if columns.dtype == torch.float32 and columns.device.type not in ("meta", "mps"):
+        exact = columns.double()
+        lower, info = torch.linalg.cholesky_ex(exact.mT @ exact)  # (k, k)
+        if not bool(info):
+            back = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)  # R^-T
+            if bool(lower.square().sum() * back.square().sum() < CONDITION**2):
+                return (exact @ back.mT).float()
+    return torch.linalg.qr(columns).Q
 
 
 def svd_of_product(B: Tensor, A: Tensor, rank: int | None = None) -> SVD:
