@@ -9,6 +9,7 @@ from rankworks import export as _export  # noqa: F401 - registers the reader of 
 from rankworks import inits as _inits  # noqa: F401 - registers the initialisers
 from rankworks import ranks as _ranks  # noqa: F401 - registers the rank schedules
 from rankworks import select as _select  # noqa: F401 - registers the selections
+from rankworks.compress.squeeze import squeeze
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
 from rankworks.core.merge import is_merged, merge, unmerge
@@ -59,6 +60,7 @@ __all__ = [
     "save",
     "set_rank",
     "sparse_entries",
+    "squeeze",
     "summary",
     "switch",
     "train",
