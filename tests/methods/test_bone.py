@@ -144,8 +144,9 @@ def test_it_trains_rank_times_out_numbers_or_rank_times_mini() -> None:
     assert rw.trainable_parameters(adapted(linear(7, 6), "bone", rank=3, mini=2)) == 6
 
 
-def test_the_input_is_not_kept_for_backward() -> None:
-    x = torch.randn(11, 7)
+def test_few_tokens_are_not_kept_for_backward() -> None:
+    """Many are: then D^T E is added into the weight, which costs less and needs x."""
+    x = torch.randn(2, 7)
     kept = kept_for_backward(adapted(linear(7, 5), "bone", rank=3), x)
     assert x.shape not in kept
-    assert (11, 3) in kept
+    assert (2, 3) in kept

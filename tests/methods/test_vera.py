@@ -162,6 +162,7 @@ def test_at_b_one_and_d_s_it_is_the_lora_of_its_own_pair() -> None:
     close(model(x), same(x))
 
 
-def test_the_input_is_not_kept_for_backward() -> None:
-    x = torch.randn(11, 7)
+def test_few_tokens_are_not_kept_for_backward() -> None:
+    """Many are: then the product is added into the weight, which costs less and needs x."""
+    x = torch.randn(2, 7)
     assert x.shape not in kept_for_backward(adapted(linear(), "vera", rank=4), x)

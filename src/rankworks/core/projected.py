@@ -8,7 +8,8 @@ kept for the backward pass, only h = A x (..., r), and the change is added onto 
 A method of vectors is often run at a rank near full, where left and A are together larger than the weight. There, and
 given enough tokens, the change is cheaper as one matrix added to the weight (`Whole`'s product): with t tokens the
 factors cost 2 t r (in + out) multiply-adds forward and back, the matrix 3 r in out to form, again, and to differentiate
-and t in out for its gradient, which needs x. Below rank `in` the factors serve always: their h is smaller than x.
+and t in out for its gradient, which needs x. Below rank `in`, with tokens enough, a method whose left and middle are
+one matrix (`whole_left`) adds left A into the weight and differentiates by left alone (`kernels/folded.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rankworks.core.delta import Base, Delta
 from rankworks.core.inputs import Input, dropout, linear
-from rankworks.core.kernels import fits, read, whole_linear, write
+from rankworks.core.kernels import fits, folded_linear, folds, read, whole_linear, write
 from rankworks.core.kernels.mode import compute_dtype
 
 
@@ -35,6 +36,18 @@ class Projected(Delta):
         """Return the matrix (out, r) that takes the result to the output, every scale folded in somewhere."""
         raise TypeError(f"{type(self).__name__} must define left()")
 
+    def whole_left(self) -> Tensor | None:
+        """Return left and middle as one matrix L (out, r), change = L A, where that costs little, else None."""
+        return None
+
+    def project(self, x: Tensor) -> Tensor:
+        """A x: (..., in) -> (..., r)."""
+        return linear(x, self.A)
+
+    def added(self, weight: Tensor, L: Tensor) -> Tensor:
+        """weight + L A: (out, in)."""
+        return torch.addmm(weight, L, self.A.to(L.dtype))
+
     def branch(self, x: Input) -> Tensor:
         """left (middle (A x))."""
         return linear(self.middle(linear(self._dropped(x), self.A)), self.left())
@@ -47,6 +60,10 @@ class Projected(Delta):
         p = getattr(self, "dropout", 0.0) if self.training else 0.0
         if not p and self._whole_is_cheaper(x):
             return whole_linear(x, *frozen, self.dense, [q for q in self.parameters() if q.requires_grad])
+        if not p and folds(x, self.shape.out):
+            L = self.whole_left()
+            if L is not None:
+                return folded_linear(x, *frozen, L, self.project, self.added)
         reading = read(x, (self.A,), p)
         return write(reading._replace(h=(self.middle(reading.h[0]),)), 0, *frozen, self.left())
 

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankworks.core.delta import Delta, Factors
+from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.fields import Probability, Rank, Setting
 from rankworks.core.inputs import Input, dropout, linear
+from rankworks.core.kernels import fits, folded_linear, folds
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 
@@ -45,14 +46,34 @@ class Bone(Delta):
         eye = torch.eye(self.rank, device=self.D.device, dtype=self.D.dtype)
         return eye.repeat(1, -(-self.shape.in_ // self.rank))[:, : self.shape.in_]
 
-    def branch(self, x: Input) -> Tensor:
-        """D^T z; for ordinary inputs z is a sum of shards, not a product."""
-        x = dropout(x, self.dropout, self.training)
-        if not isinstance(x, Tensor):
-            return linear(linear(x, self._shards()), self._columns().t())
+    def project(self, x: Tensor) -> Tensor:
+        """z = E x: a sum of shards, not a product. (..., in) -> (..., r)."""
         x = F.pad(x, (0, -self.shape.in_ % self.rank))  # zeros complete the last shard
-        z = x.unflatten(-1, (x.shape[-1] // self.rank, self.rank)).sum(dim=-2)  # (..., r)
+        return x.unflatten(-1, (x.shape[-1] // self.rank, self.rank)).sum(dim=-2)
+
+    def added(self, weight: Tensor, L: Tensor) -> Tensor:
+        """weight + L E: L (out, r) beside itself, added shard by shard."""
+        (out, in_), r = self.shape, self.rank
+        if in_ % r:
+            return weight + L.repeat(1, -(-in_ // r))[:, :in_]
+        return (weight.reshape(out, in_ // r, r) + L.unsqueeze(1)).view(out, in_)
+
+    def whole_left(self) -> Tensor:
+        """D^T (out, r)."""
+        return self._columns().t()
+
+    def branch(self, x: Input) -> Tensor:
+        """D^T z."""
+        x = dropout(x, self.dropout, self.training)
+        z = self.project(x) if isinstance(x, Tensor) else linear(x, self._shards())
         return linear(z, self._columns().t())
+
+    def forward(self, x: Input, base: Base) -> Tensor:
+        """base(x) + branch(x), with D^T E added into the weight where that is cheaper."""
+        frozen = base.linear if isinstance(x, Tensor) and not (self.dropout and self.training) else None
+        if frozen is None or not isinstance(x, Tensor) or not fits(x, *frozen) or not folds(x, self.shape.out):
+            return base(x) + self.branch(x)
+        return folded_linear(x, *frozen, self.whole_left(), self.project, self.added)
 
     def factors(self) -> Factors:
         """Exact at rank r: (D^T, E)."""

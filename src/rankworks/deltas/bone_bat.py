@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from rankworks.core.fields import Rank
@@ -34,10 +35,11 @@ class BoneBat(Whole):
 
     def dense(self, weight: Tensor) -> Tensor:
         """W_ij T_i + T_i, block by block: (out, in)."""
-        r = self.rank
-        blocks = weight.to(self.T.dtype).reshape(-1, r, self.shape.in_ // r, r).transpose(1, 2)  # (out/r, in/r, r, r)
-        change = blocks @ self.T.unsqueeze(1) + self.T.unsqueeze(1)
-        return change.transpose(1, 2).reshape(*self.shape)
+        (out, in_), r = self.shape, self.rank
+        # A row of W holds its parts of the blocks one after the other, so the rows of all blocks of a shard, which T_i
+        # multiplies, are a view of it (in, r), and so is the result.
+        change = torch.bmm(weight.to(self.T.dtype).reshape(out // r, in_, r), self.T)
+        return (change.view(out // r, r, in_ // r, r) + self.T.unsqueeze(2)).view(out, in_)
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:

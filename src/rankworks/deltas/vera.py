@@ -68,6 +68,10 @@ class VeRA(Projected):
         """diag(b) B, (out, r): formed once per call, so that backward keeps nothing of the output's size for b."""
         return self.b.unsqueeze(1) * self._slices().B
 
+    def whole_left(self) -> Tensor:
+        """diag(b) B diag(d), (out, r): the gradients of b and d are then sums over one product, dL/dL = G A^T."""
+        return self.left() * self.d
+
     def factors(self) -> Factors:
         """Exact at rank r: (diag(b) B, diag(d) A)."""
         return Factors(self.left(), self.d.unsqueeze(1) * self.A)

@@ -6,6 +6,7 @@ forward-mode derivatives); the tests hold the two together.
 """
 
 from rankworks.core.kernels.drop import dropout
+from rankworks.core.kernels.folded import folded_linear, folds
 from rankworks.core.kernels.lowrank import Reading, fits, lowrank_linear, read, write
 from rankworks.core.kernels.rows import lowrank_row_norms, scale_rows
 from rankworks.core.kernels.sparse import add_entries, sparse_linear
@@ -16,6 +17,8 @@ __all__ = [
     "add_entries",
     "dropout",
     "fits",
+    "folded_linear",
+    "folds",
     "lowrank_linear",
     "lowrank_row_norms",
     "read",
