@@ -31,7 +31,7 @@ def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
         return None
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.mT if wide else matrix  # (m, n), m >= n
-    pairs = _leading_eigenpairs(_gram(tall), rank)
+    pairs = _leading_eigenpairs(gram(tall), rank)
     if pairs is None:
         return None
     squares, right = pairs  # (r,), (n, r), descending
@@ -47,7 +47,7 @@ def _blocks(tall: Tensor) -> tuple[Tensor, ...]:
     return tall.split(max(1, BLOCK // tall.shape[1]))
 
 
-def _gram(tall: Tensor) -> Tensor:
+def gram(tall: Tensor) -> Tensor:
     """M^T M (n, n) in float64, with a part of M in float64 at a time."""
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for block in _blocks(tall):
