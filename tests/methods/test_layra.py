@@ -39,7 +39,7 @@ def test_the_counts_are_the_paper_s_from_24_layers_and_scaled_below(depth: int, 
 
 def test_overlapping_counts_are_plain_lora_without_duplicates():
     select = {"select": "layra", "first": 4, "last": 9}
-    chosen, plain = (rw.adapt(tiny_llama(layers=6), "lora", rank=2, **s) for s in ({"select": select}, {}))
+    chosen, plain = (rw.adapt(tiny_llama(layers=6), "lora", rank=2, select=s) for s in (select, None))
     assert [row.site for row in rw.summary(chosen).rows] == [row.site for row in rw.summary(plain).rows]
     assert rw.trainable_parameters(chosen) == rw.trainable_parameters(plain)
 

@@ -10,6 +10,9 @@ import typer
 
 from rankworks.cli.output import Output, facts, output, short, table
 
+TAGGED = ("delta", "init", "ranks", "select")
+"""The settings that name a method within its own settings."""
+
 FEW = 14
 """How many sites are listed without --all."""
 
@@ -103,9 +106,11 @@ def _changes(adapter: Path, name: str) -> dict[str, Any]:
 
 def _brief(value: Any) -> str:
     """Return a setting in few words."""
+    from rankworks.core.select import in_words
+
     if isinstance(value, dict):
-        name = next((str(value[k]) for k in ("delta", "init") if k in value), "")
-        rest = [f"{k} {_brief(v)}" for k, v in value.items() if k not in ("delta", "init")]
+        name = next((str(value[k]) for k in TAGGED if k in value), "")
+        rest = [f"{k} {in_words(v) if k == 'chosen' else _brief(v)}" for k, v in value.items() if k not in TAGGED]
         return f"{name} ({', '.join(rest)})" if rest and name else name or ", ".join(rest)
     if isinstance(value, list):
         shown = ", ".join(_brief(v) for v in value[:6])

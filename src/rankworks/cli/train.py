@@ -154,11 +154,13 @@ def _leads() -> bool:
 
 def _stopped(config: RunConfig, again: list[str]) -> None:
     """Say how to go on after Ctrl-C."""
-    latest = Path(str(config.output)) / "checkpoints" / "latest"
-    if latest.is_file():
-        kept = f"stopped. The checkpoint of step {_step(latest)} is safe in {short(latest.parent)}; to go on from it:"
-        complain(f"{kept}\n  {command(*again)}", "")
-        return
+    folder = Path(str(config.output))
+    for whose, parent in (("The", folder), ("The search's", folder / "search")):
+        latest = parent / "checkpoints" / "latest"
+        if latest.is_file():
+            kept = f"{whose} checkpoint of step {_step(latest)} is safe in {short(latest.parent)}"
+            complain(f"stopped. {kept}; to go on from it:\n  {command(*again)}", "")
+            return
     every = config.train.save_every
     kept = f"one is written every {every} steps" if every else "train.save_every is null, so none is written"
     complain(

@@ -21,6 +21,7 @@ from rankworks.core.inputs import Input
 from rankworks.core.kernels import fits, lowrank_linear
 from rankworks.core.layer import AdaptedLayer
 from rankworks.core.lowrank import Factored
+from rankworks.core.registry import MethodSpec
 from rankworks.core.state import state_of
 
 
@@ -46,16 +47,13 @@ class Scaled(Delta):
         if not owner.additive:
             y = base(x)
             return y + self._times(owner(x, base) - y)
-        at_once = isinstance(owner, Factored) and owner.reader is owner
-        if at_once and frozen and isinstance(x, Tensor) and fits(x, *frozen):
-            B, A = self.factors()
-            p = owner.dropout if owner.training else 0.0
-            return lowrank_linear(x, *frozen, A, B, p, self._shift(owner))
-        return base(x) + self.branch(x)
-
-    def _shift(self, owner: Factored) -> Tensor | None:
-        shift = owner.shift()
-        return None if shift is None else self._times(shift)
+        if not isinstance(owner, Factored) or owner.reader is not owner or frozen is None:
+            return base(x) + self.branch(x)
+        if not isinstance(x, Tensor) or not fits(x, *frozen):
+            return base(x) + self.branch(x)
+        (B, A), shift = self.factors(), owner.shift()
+        p = owner.dropout if owner.training else 0.0
+        return lowrank_linear(x, *frozen, A, B, p, None if shift is None else self._times(shift))
 
     def branch(self, x: Input) -> Tensor:
         """w times the change, (..., out)."""
@@ -87,7 +85,7 @@ def scaled(model: nn.Module, name: str = "default") -> Iterator[dict[str, Scaled
     adapter = state.adapter(name)
     made: dict[int, Scaled] = {}
     for delta in adapter.deltas.values():
-        refuse_unscalable(delta)
+        refuse_weightless(delta.spec)
         made.setdefault(id(delta), Scaled(delta))
     state.refresh()
     try:
@@ -100,10 +98,10 @@ def scaled(model: nn.Module, name: str = "default") -> Iterator[dict[str, Scaled
         state.refresh()
 
 
-def refuse_unscalable(delta: Delta) -> None:
+def refuse_weightless(settings: MethodSpec) -> None:
     """Raise where there is no change of a weight to put a factor on."""
-    if delta.weightless:
+    if settings.method.cls.weightless:  # type: ignore[attr-defined]
         raise ConfigError(
-            f"{delta.spec.key} stands beside a block and changes no weight, so a search has nothing to weigh: choose a "
-            "delta that changes weights (lora, dora, vera, ...), or a selection that does not search (layra)."
+            f"{settings.key} changes no weight, so a search has nothing to weigh: choose a delta that changes weights "
+            "(lora, dora, vera, ...), or a selection that does not search (layra)."
         )

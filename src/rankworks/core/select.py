@@ -11,7 +11,7 @@ two of an encoder-decoder, are a stack. A selection of layers leaves out what li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -41,6 +41,34 @@ def layer_of(name: str) -> Layer | None:
     return None if at is None else Layer(".".join(words[:at]), int(words[at]), ".".join(words[at + 1 :]))
 
 
+def in_words(names: Iterable[str]) -> str:
+    """Return names of layers and sites in few words: `model.layers 0-3, 28; q_proj of model.layers 1`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    alone: list[str] = []
+    for name in names:
+        layer = layer_of(name)
+        if layer is None:
+            alone.append(name)
+        else:
+            groups.setdefault((layer.part, layer.stack), []).append(layer.number)
+    shown = [
+        f"{part} of {stack} {_ranges(numbers)}" if part else f"{stack} {_ranges(numbers)}"
+        for (part, stack), numbers in groups.items()
+    ]
+    return "; ".join([*shown, *alone]) or "none"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return `0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 class Selection(HasSettings):
     """Which sites are adapted."""
 
@@ -60,6 +88,11 @@ class Selection(HasSettings):
         Raises `ConfigError`.
         """
         raise TypeError(f"{type(self).__name__} must define choose(sites, stacks)")
+
+    def told(self, sites: Sequence[Site]) -> list[str]:
+        """Return what was chosen, given the adapted sites: their layers, unless a search kept something else."""
+        layers = (layer_of(site.name) for site in sites)
+        return list(dict.fromkeys(layer.name for layer in layers if layer is not None))
 
     def owners(self, sites: Sequence[Site]) -> Mapping[str, str]:
         """Return {site: the site whose change it shares}, of these adapted sites, for sites of one shape; often {}."""
@@ -124,3 +157,7 @@ class Searching(Selection):
     def choose(self, sites: Sequence[Site], stacks: Mapping[str, int]) -> list[str]:
         """Return the sites of the chosen units."""
         return self.kept(sites)
+
+    def told(self, sites: Sequence[Site]) -> list[str]:
+        """Return the chosen units."""
+        return list(self.chosen or ())

@@ -3,6 +3,7 @@
 What a run leaves in its output folder:
 
     config.yaml      the configuration, written first: it tells a resumed run from another one
+    search.json      what a selection that searches chose, with every score; search/ holds that search
     before.json      the measurement of the base model
     metrics.jsonl    one line per step
     checkpoints/     the newest whole checkpoints
@@ -18,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -30,8 +30,10 @@ from rankworks.core.files import atomic_write
 from rankworks.core.hooks import Hook
 from rankworks.core.hub import load_model
 from rankworks.core.spec import AdaptSpec
+from rankworks.core.state import state_of
 from rankworks.core.store import TENSORS, adapter_state, save
 from rankworks.core.summary import trainable_parameters
+from rankworks.train.batches import Example
 from rankworks.train.calibration import measure_evidence
 from rankworks.train.checkpoint import Checkpoints
 from rankworks.train.config import RunConfig, load_config
@@ -40,12 +42,11 @@ from rankworks.train.measure import Evaluator, Measured
 from rankworks.train.prepare import Prepared
 from rankworks.train.processes import processes
 from rankworks.train.result import Confusion, RunResult, Shown
+from rankworks.train.search import FOUND, chosen_spec, must_search, search, widest
 from rankworks.train.sources import DataConfig, Task, load_task
+from rankworks.train.standing import record, unfinished
 
 Source = RunConfig | Mapping[str, Any] | str | Path
-
-FREE = {"output": None, "evaluate": None, "train": ("eval_every", "save_every", "keep", "log_every", "tensorboard")}
-"""Settings that may change between a run and its continuation: they do not move the weights."""
 
 HEADS = ("classifier", "score", "classification_head")
 """What transformers calls a classification head: new and random, so `run` trains it in full unless told otherwise."""
@@ -78,9 +79,17 @@ def run(
         config.output = f"runs/{task.title}-{config.adapt.get('delta', 'lora')}".replace(" ", "-").lower()
     heads = [n for n, _ in model.named_children() if n in HEADS] if settings.task == "classification" else []
     spec = AdaptSpec.from_flat({"delta": "lora", "seed": config.train.seed, "full": heads, **config.adapt})
-    adapt(model, spec, evidence=_evidence(model, tokenizer, task, config, spec, progress))
+    searching = must_search(spec)
+    evidence = _evidence(model, tokenizer, task, config, widest(model, spec) if searching else spec, progress)
+    examples = None
+    if searching:
+        prepared = Prepared(task, model, tokenizer, progress and state.is_main_process)
+        examples, pad = prepared.examples(task.train, "train"), prepared.pad
+        found = search(model, examples, spec, config, evidence=evidence, pad=pad, resume=resume, progress=progress)
+        spec = chosen_spec(spec, found.chosen)
+    adapt(model, spec, evidence=evidence)
     with disabled(model):  # before: the base model itself
-        job = _Job(model, tokenizer, task, config, resume, progress)
+        job = _Job(model, tokenizer, task, config, resume, progress, examples)
     return job.run(hooks, progress)
 
 
@@ -128,13 +137,22 @@ def train(
 class _Job:
     """One run on a model and a task: everything is read and measured when it is made, trained and written by `run`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, task: Task, config: RunConfig, resume: bool, progress: bool):
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        task: Task,
+        config: RunConfig,
+        resume: bool,
+        progress: bool,
+        examples: list[Example] | None = None,
+    ):
+        self.model, self.config, self.searched = model, config, examples is not None
         self.folder = Path(config.output) if config.output else None
         self.continued = resume and unfinished(config)
         self.main = processes().is_main_process
         self.prepared = Prepared(task, model, tokenizer, progress and self.main)
-        self.examples = self.prepared.examples(task.train, "train")
+        self.examples = self.prepared.examples(task.train, "train") if examples is None else examples
         held_out, where = (task.test, "test") if task.test else (task.train, "train")
         self.evaluator = Evaluator(self.prepared, held_out, config.evaluate, where)
         self.validator = None
@@ -159,7 +177,7 @@ class _Job:
         if not (self.continued and loop.restore()):
             set_seed(config.train.seed, device_specific=True)
             if self.folder is not None and self.main:
-                _start(self.folder, config, self.before)
+                _start(self.folder, config, self.before, self.searched)
         processes().wait_for_everyone()
         loop.run()
         result = _result(model, loop, self.before, self.evaluator.measure(model), self.folder)
@@ -176,36 +194,13 @@ class _Job:
         return Measured(values["metrics"], answers, Confusion(**confusion) if confusion else None)
 
 
-def unfinished(config: RunConfig) -> bool:
-    """Say whether the output folder holds an unfinished run of this configuration, with a checkpoint to go on from.
-
-    Raises `ConfigError` naming the settings that differ, when it holds an unfinished run of another one.
-    """
-    if config.output is None:
-        return False
-    folder = Path(config.output)
-    if (folder / "result.json").exists() or not list((folder / "checkpoints").glob("step-*")):
-        return False
-    try:
-        earlier = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return False
-    differing = _differences(_fixed(earlier), _fixed(_plain(config)))
-    if differing:
-        raise ConfigError(
-            f"{folder} holds an unfinished run with other settings ({', '.join(differing)}): use those settings to go "
-            "on with it, resume=False (on the command line --restart) to start over, or another output."
-        )
-    return True
-
-
-def _start(folder: Path, config: RunConfig, before: Measured) -> None:
+def _start(folder: Path, config: RunConfig, before: Measured, searched: bool) -> None:
     """Make the output folder a new run's: earlier checkpoints and metrics go, the adapter stays till the end."""
     Checkpoints(folder / "checkpoints").clear()
-    for name in ("result.json", "metrics.jsonl"):
+    for name in ("result.json", "metrics.jsonl", *([] if searched else [FOUND])):
         (folder / name).unlink(missing_ok=True)
     atomic_write(folder / "before.json", json.dumps(asdict(before)))
-    atomic_write(folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+    record(config, folder / "config.yaml")
 
 
 def _result(model: nn.Module, loop: Loop, before: Measured, after: Measured, folder: Path | None) -> RunResult:
@@ -237,32 +232,14 @@ def _result(model: nn.Module, loop: Loop, before: Measured, after: Measured, fol
         examples=[Shown(prompt, expected, first, second) for (prompt, expected, first), (_, _, second) in pairs],
         confusion=after.confusion,
         output=str(folder) if folder is not None else None,
+        chosen=_chosen(model, names),
     )
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as YAML can hold it."""
-    return json.loads(config.model_dump_json())
-
-
-def _fixed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change between a run and its continuation, flat."""
-    flat: dict[str, Any] = {}
-    for block, settings in values.items():
-        free = FREE.get(block, ())
-        if free is None:
-            continue
-        if not isinstance(settings, Mapping):
-            flat[block] = settings
-            continue
-        flat |= {f"{block}.{key}": value for key, value in settings.items() if key not in free}
-    return flat
-
-
-def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return `key: earlier -> now` for every setting that differs."""
-    return [
-        f"{key}: {earlier.get(key)} -> {now.get(key)}"
-        for key in sorted({*earlier, *now})
-        if earlier.get(key) != now.get(key)
-    ]
+def _chosen(model: nn.Module, names: Sequence[str]) -> list[str] | None:
+    """Return what the selection of the one adapter that acts chose, or None."""
+    adapter = state_of(model).adapter(names[0]) if len(names) == 1 else None
+    if adapter is None or adapter.spec.select is None:
+        return None
+    select: Any = adapter.spec.select
+    return select.method.cls(select).told(list(adapter.sites.values()))

@@ -114,6 +114,18 @@ class CalibrateConfig(Config):
     batches: int = Field(default=8, ge=1, description="batches of train.batch_size examples")
 
 
+class SearchConfig(Config):
+    """How a selection that must search (flexora, diffora) does so before the run; nothing for others."""
+
+    steps: int | None = Field(default=None, ge=1, description="steps of the adapter; null: as many as the run has")
+    lr: float | None = Field(default=None, gt=0, description="peak rate of the adapter meanwhile; null: optim.lr")
+    scores_lr: float = Field(default=1e-2, gt=0, description="Adam's rate for the scores")
+    valid: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the training data held out for the scores; the run has it again"
+    )
+    batches: int = Field(default=1, ge=1, description="held-out batches of train.batch_size per step of the scores")
+
+
 class EvaluateConfig(Config):
     """What is measured before and after training: on the test data, or where there are none on the training data."""
 
@@ -138,6 +150,9 @@ class RunConfig(Config):
     )
     calibrate: CalibrateConfig = Field(
         default_factory=lambda: CalibrateConfig(), description="what is measured on data before adapting"
+    )
+    search: SearchConfig = Field(
+        default_factory=lambda: SearchConfig(), description="how a selection searches before the run"
     )
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())

@@ -70,7 +70,7 @@ class Loop:
     """One training run of `model` on tokenised examples. `run()` trains; `history` tells how it went.
 
     folder: where checkpoints and metrics.jsonl go (none are written without it); evaluate: called every `eval_every`
-    steps, its result goes to the metrics. The parameters that require a gradient are trained.
+    steps, its result goes to the metrics; title: of the bar. The parameters that require a gradient are trained.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class Loop:
         evaluate: Callable[[], dict[str, float]] | None = None,
         pad: int = 0,
         progress: bool = True,
+        title: str = "training",
     ):
+        self.title = title
         self.train, self.optim, self.evaluate = train, optim, evaluate
         self.hooks = [*method_hooks(model), *hooks]
         self.model, self.examples, self.history = model, examples, History()
@@ -119,7 +121,7 @@ class Loop:
         self.memory = PeakMemory(self.device)
         self.model.train()
         self._call("on_start")
-        bar = Bar("training", self.steps, self.step, self.progress)
+        bar = Bar(self.title, self.steps, self.step, self.progress)
         faster = compiled(self.model) if self.train.compile else contextlib.nullcontext()
         with self._attention(), faster, self.metrics, bar:
             while self.step < self.steps:

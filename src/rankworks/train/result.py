@@ -32,7 +32,8 @@ class RunResult:
 
     before, after: metrics on the evaluation data ("accuracy" for classification; "exact_match", "loss", "perplexity"
     for completions; "loss", "perplexity" for text). losses: mean training loss of every step. tokens_per_second counts
-    tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU.
+    tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
+    adapter's selection chose, layers or modules; None without one.
     """
 
     before: dict[str, float]
@@ -50,6 +51,7 @@ class RunResult:
     examples: list[Shown] = field(default_factory=list)
     confusion: Confusion | None = None
     output: str | None = None
+    chosen: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
