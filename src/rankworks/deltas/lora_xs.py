@@ -61,14 +61,17 @@ class LoRAXS(Projected):
             return
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
-        self.A, self.B = self.stored(start.A.to(self.A.dtype)), self.stored(start.B.to(self.B.dtype))
+        # contiguous, as a file gives them: another layout is another kernel, and other last bits
+        self.A, self.B = (self.stored(t.to(self.A.dtype).contiguous()) for t in (start.A, start.B))
         assert start.core is not None
         self.R.copy_(start.core)
 
     def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make room for bases that came from an initialiser."""
-        if {"A", "B"} <= set(shapes):
-            self.A, self.B = self.stored(torch.zeros_like(self.A)), self.stored(torch.zeros_like(self.B))
+        if {"A", "B"} & set(shapes):
+            self.A, self.B = (
+                self.stored(torch.zeros_like(t, memory_format=torch.contiguous_format)) for t in (self.A, self.B)
+            )
 
     def _principal(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """U_r (out, r) and S_r V_r^T (r, in)."""
