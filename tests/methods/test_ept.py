@@ -17,6 +17,7 @@ import rankworks as rw
 from rankworks.core.errors import ConfigError, ExportError, MergeError, TargetError
 from rankworks.core.state import state_of
 from rankworks.train.objective import Objective
+from rankworks.train.optim import set_learning_rate
 from tiny import tiny_bert_classifier, tiny_gemma3, tiny_gpt2, tiny_llama, token_batch
 
 IDS = token_batch(vocab=320)
@@ -277,6 +278,23 @@ def test_the_count_of_the_extras() -> None:
     assert counts["none"] == 76_800
     assert counts["fusion"] - counts["none"] == 196_608
     assert counts["spaces"] - counts["none"] == 393_216 + 3_072
+
+
+def test_the_shift_has_a_learning_rate_of_its_own() -> None:
+    """The prompt's is the run's; a schedule moves both, and a step of SGD shows each."""
+    model = adapted(shift_rate=0.25)
+    delta = shake(model)
+    optimizer = rw.make_optimizer(model, "sgd", lr=0.4)
+    rates = {name.rsplit(".", 1)[-1]: g["lr"] for g in optimizer.param_groups for name in g["names"]}
+    assert rates["P"] == rates["W_q"] == 0.4
+    assert rates["A"] == rates["B"] == 0.1
+    set_learning_rate(optimizer, 0.5)
+    before = {name: p.detach().clone() for name, p in delta.named_parameters()}
+    model(IDS).logits.square().mean().backward()
+    optimizer.step()
+    for name, rate in (("P", 0.2), ("A", 0.05), ("B", 0.05)):
+        moved = getattr(delta, name)
+        close(before[name] - moved.detach(), rate * moved.grad, 1e-12)
 
 
 def test_training_lowers_the_loss() -> None:

@@ -247,6 +247,11 @@ class Delta(HasSettings, nn.Module):
         return 2
 
     @classmethod
+    def pair_rank(cls, spec: Any, shape: Shape) -> int | None:
+        """Return the rank of the trained `pair`, or None where there is none."""
+        return None
+
+    @classmethod
     def inner_rank(cls, spec: Any, shape: Shape) -> int | None:
         """Return how many ranks the `factors` have between them, where gates may stand there, else None."""
         return None
@@ -265,6 +270,10 @@ class Delta(HasSettings, nn.Module):
     def training_hook(cls, spec: Any, deltas: Mapping[str, Delta]) -> Hook | None:
         """Return what the method does during training, on all of an adapter's deltas by site name, or None."""
         return None
+
+    def rates(self) -> Mapping[str, float]:
+        """Return factors on the learning rate of its own parameters, by name; those left out have 1."""
+        return {}
 
     def expect(self, names: set[str]) -> None:
         """Allocate the stored tensors that only some starts have, given the names a file holds for this delta."""

@@ -14,8 +14,8 @@ shares the T_k (with one S for all, spaces that start equal would stay equal). F
 with m = 0 only the embeddings are shifted.
 
 Row t of A B shifts position t of the text, and positions from n on are not shifted. Nothing can be merged; since P_out
-and c A B do not depend on the input, `cached` gives them as two constants. DePT's code trains P at 0.3 or 0.4 and
-A, B at 5e-4 to 5e-3: give them parameter groups of their own.
+and c A B do not depend on the input, `cached` gives them as two constants. DePT's code trains P at 0.3 or 0.4 and A, B
+at 5e-4 to 3e-1: `shift_rate` is the factor between the two (the released 0.3 and 5e-3 are lr=0.3, shift_rate=1/60).
 Source: arXiv:2405.11464; ZhengxiangShi/DePT for the base.
 """
 
@@ -52,6 +52,8 @@ class EPT(Delta):
     width: int = Setting(64, "d_k of the fusion and inner width of the spaces", ge=1)
     tie_spaces: bool = Setting(False, "share the spaces' last layers")
 
+    shift_rate: float = Positive(1.0, "learning rate of A and B, as a factor on that of the prompt")
+
     def setup(self, weight: Tensor) -> None:
         """P from the vocabulary (columns of the weight), A random, B = 0; the parts of fusion and spaces."""
         d, m, r, n, w = self.shape.out, self.prompt_length, self.rank, self.max_length, self.width
@@ -69,6 +71,10 @@ class EPT(Delta):
             self.S = self.trainable(self.spaces, d, w, bound=d**-0.5)
             self.T = self.trainable(1 if self.tie_spaces else self.spaces, w, d)
             self.W_g = self.trainable(self.spaces, d)
+
+    def rates(self) -> dict[str, float]:
+        """A and B at their own."""
+        return {"A": self.shift_rate, "B": self.shift_rate}
 
     @property
     def scale(self) -> float:

@@ -7,15 +7,18 @@ function of the step, so there is nothing to save or restore.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError, TrainingError, UnknownNameError, did_you_mean
+from rankworks.core.rates import learning_rate_factor
 from rankworks.core.summary import trained
+
+__all__ = ["OPTIMIZERS", "learning_rate_factor", "make_optimizer", "parameter_groups", "set_learning_rate"]
 
 Build = Callable[..., torch.optim.Optimizer]
 
@@ -37,43 +40,32 @@ def make_optimizer(model: nn.Module, name: str = "adamw", lr: float = 1e-4, **op
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ConfigError(f"the optimizer {name!r} has no setting {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
-    return build(parameter_groups(model, options.pop("weight_decay", 0.0)), lr=lr, **options)
+    return build(parameter_groups(model, lr, options.pop("weight_decay", 0.0)), lr=lr, **options)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the groups {params, names, weight_decay}: matrices with decay, vectors and scalars without."""
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the groups {params, names, lr, weight_decay}: matrices with decay, vectors and scalars without.
+
+    Tensors that a delta trains at a rate of their own (`Delta.rates`) stand in groups of their own.
+    """
     acting = {id(p) for p in trained(model)}  # adapters that are not active keep what they have
     trainable = [(name, p) for name, p in model.named_parameters() if id(p) in acting]
     if not trainable:
         raise TrainingError("nothing to train: no parameter requires a gradient. Call adapt(model, ...) first.")
-    groups = []
-    for decays in (True, False):
-        chosen = [(name, p) for name, p in trainable if (p.ndim > 1) == decays]
-        if chosen:
-            names, params = [name for name, _ in chosen], [p for _, p in chosen]
-            groups.append({"params": params, "names": names, "weight_decay": weight_decay if decays else 0.0})
-    return groups
-
-
-def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float = 0.0) -> float:
-    """Return the factor on the learning rate at `step` (0 for the first) of `steps`.
-
-    warmup: a fraction of all steps when below 1, else a number of steps; the rate climbs linearly over it. After it
-    "constant" stays, "linear" falls to 0, "cosine" falls to 0 along half a cosine.
-    """
-    rising = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    done = (step - rising) / max(1, steps - rising)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 - done
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    raise UnknownNameError(
-        f"no schedule is called {schedule!r}.{did_you_mean(schedule, ['constant', 'linear', 'cosine'])}"
-    )
+    factors = {
+        id(delta.get_parameter(name)): factor
+        for delta in model.modules()
+        if isinstance(delta, Delta)
+        for name, factor in delta.rates().items()
+    }
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in sorted(trainable, key=lambda pair: pair[1].ndim <= 1):  # stable: matrices first
+        decays, factor = parameter.ndim > 1, factors.get(id(parameter), 1.0)
+        empty = {"params": [], "names": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
+        group = groups.setdefault((decays, factor), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
