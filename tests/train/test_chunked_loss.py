@@ -166,3 +166,11 @@ def test_evaluating_restores_each_modules_mode():
         assert not any(m.training for m in model.modules())
     assert model.training
     assert not model.model.norm.training
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    head = nn.Linear(6, 11)
+    hidden, targets = torch.randn(5, 6, requires_grad=True), torch.tensor([1, 2, 3, 4, 5])
+    loss = chunked_cross_entropy(hidden, targets, head, list(head.parameters()), 2)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

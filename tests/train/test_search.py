@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_search
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -185,3 +189,19 @@ def test_the_model_is_left_as_it_was_and_no_folder_is_needed():
     assert rw.adapters(model) == []
     with pytest.raises(DataError, match="there is one example"):
         search(model, make_examples()[:1], spec, config, progress=False)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path: Path):
+    path, here = tmp_path / "scores", Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(here / "distributed_search.py"), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"scores.{rank}").read_text()) for rank in (0, 1))
+    assert first == second
+    alone = distributed_search.scores()
+    assert first == pytest.approx(alone, abs=1e-4)
+    assert max(map(abs, alone.values())) > 1e-2

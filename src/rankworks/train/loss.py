@@ -86,6 +86,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what was kept is constant, so a second derivative would be silently wrong
+            raise RuntimeError("the chunked loss has no second derivative: take the loss of all logits at once")
         (g,) = upstream
         of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * g.to(ctx.of_hidden.dtype)
         of_parameters = [None if p is None else p * g.to(p.dtype) for p in ctx.of_parameters]

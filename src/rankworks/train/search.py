@@ -129,6 +129,7 @@ def _selection(spec: AdaptSpec) -> Searching:
 
 def _units(model: nn.Module, spec: AdaptSpec) -> dict[str, list[str]]:
     """Return the units among the spec's targets."""
+    refuse_weightless(spec.delta)
     sites = find_sites(model, spec.targets, spec.exclude, spec.delta.method.cls.kinds)
     units = _selection(spec).units(sites)
     if not units:
@@ -137,8 +138,7 @@ def _units(model: nn.Module, spec: AdaptSpec) -> dict[str, list[str]]:
 
 
 def _refuse(model: nn.Module, spec: AdaptSpec, units: dict[str, list[str]]) -> None:
-    """Raise for what would fail after the search: a change that cannot be weighed or shared, or nothing to keep."""
-    refuse_weightless(spec.delta)
+    """Raise for what would fail after the search: a change that cannot be shared, nothing to keep, ..."""
     chosen = _selection(spec).decide(dict.fromkeys(units, 0.0))
     outcome = chosen_spec(spec, chosen)
     resolved = resolve(model, outcome)
