@@ -167,7 +167,8 @@ def _against_ranks(settings: MethodSpec, spec: AdaptSpec, shape: Shape) -> list[
             f"choose init {' or '.join(cls.inits)}"
         )
     delta: Any = settings.method.cls
-    if cls.pairs and (delta.factored_rank(settings) is None or delta.factor_count(settings) != 2):
+    trained = delta.pair_rank(settings, shape) is not None and delta.factored_rank(settings) is not None
+    if cls.pairs and not trained:
         reasons.append(
             f"{spec.ranks.key} cuts or adds ranks of a trained pair B A, which {settings.key} lacks: choose lora, dora"
         )

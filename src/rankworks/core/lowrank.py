@@ -87,7 +87,30 @@ class Factored(Delta):
         return lowrank_row_norms(weight, A, B)
 
 
-class LowRank(Factored):
+class Pair(Delta):
+    """A delta with two trained factors A (rank, in), B (out, rank), whose ranks a schedule may order, cut and grow."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    rank: Any
+    scale: Any  # what multiplies B A
+    nested: Nested | None = None  # set by a schedule that trains many ranks at once
+
+    @property
+    def pair(self) -> Delta | None:
+        """Itself."""
+        return self
+
+    def acting(self) -> tuple[Tensor, Tensor]:
+        """Return B (out, k) and A (k, in), of the ranks that act."""
+        return (self.B, self.A) if self.nested is None else _nested(self.B, self.A, self.nested)
+
+    def settle(self, rank: int, scale: float) -> None:
+        """Let the settings say the rank there is now, such that B A is multiplied by this scale."""
+        raise TypeError(f"{type(self).__name__} must define settle(rank, scale)")
+
+
+class LowRank(Pair, Factored):
     """A delta whose change is scale * B A with A (rank, in) and B (out, rank) trained."""
 
     rank: int = Rank(8)
@@ -95,11 +118,8 @@ class LowRank(Factored):
     scaling: Literal["standard", "rslora"] = Setting("standard", "scale = alpha/rank, or alpha/sqrt(rank) for rslora")
     dropout: float = Probability(0.0, "probability of dropping an input of A in training")
 
-    A: nn.Parameter
-    B: nn.Parameter
     A0: Tensor | None
     B0: Tensor | None
-    nested: Nested | None = None  # set by a schedule that trains many ranks at once
 
     @property
     def scale(self) -> float:
@@ -107,10 +127,11 @@ class LowRank(Factored):
         narrowed = self.nested is not None and self.nested.rescaled
         return scale_of(self.alpha, self.nested.width if narrowed else self.rank, self.scaling)  # type: ignore[union-attr]
 
-    @property
-    def pair(self) -> Delta | None:
-        """Itself."""
-        return self
+    def settle(self, rank: int, scale: float) -> None:
+        """alpha follows the rank."""
+        alpha = alpha_of(scale, rank, self.scaling)
+        self.spec = self.spec.replace(rank=rank, alpha=alpha)
+        self.rank, self.alpha = rank, alpha
 
     @property
     def empty(self) -> bool:
@@ -164,7 +185,7 @@ class LowRank(Factored):
 
     def unscaled(self) -> Factors:
         """The factors of change / scale, of the ranks that act: (B, A), or ([B, -B0], [A; A0]) with a start."""
-        B, A = (self.B, self.A) if self.nested is None else _nested(self.B, self.A, self.nested)
+        B, A = self.acting()
         if self.A0 is None or self.B0 is None:
             return Factors(B, A)
         start = scale_of(self.alpha, self.rank, self.scaling) / (self.scale or 1.0)
@@ -184,6 +205,11 @@ class LowRank(Factored):
     @classmethod
     def factored_rank(cls, spec: Any) -> int:
         """The rank of A and B."""
+        return spec.rank
+
+    @classmethod
+    def pair_rank(cls, spec: Any, shape: Shape) -> int | None:
+        """The rank."""
         return spec.rank
 
     @classmethod

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from rankworks.core.errors import ConfigError
-from rankworks.core.lowrank import LowRank, Nested
+from rankworks.core.lowrank import Nested, Pair
 from rankworks.core.merge import refuse_merged
 from rankworks.core.state import Adapter, state_of
 from rankworks.core.targets import check_overrides, override_for
@@ -40,7 +40,7 @@ def set_rank(model: nn.Module, rank: int | Mapping[str, int] | None, name: str |
     return model
 
 
-def _widths(model: nn.Module, adapter: Adapter, rank: int | Mapping[str, int] | None) -> dict[LowRank, int | None]:
+def _widths(model: nn.Module, adapter: Adapter, rank: int | Mapping[str, int] | None) -> dict[Pair, int | None]:
     """Return how many ranks of every pair shall act; None for all of them."""
     given = [] if rank is None else list(rank.values()) if isinstance(rank, Mapping) else [rank]
     wrong = next((r for r in given if isinstance(r, bool) or not isinstance(r, int) or r < 1), None)
@@ -48,9 +48,9 @@ def _widths(model: nn.Module, adapter: Adapter, rank: int | Mapping[str, int] | 
         raise ConfigError(f"a rank is a whole number of at least 1, not {wrong!r}; None lets all ranks act.")
     patterns = {k: {"rank": r} for k, r in rank.items()} if isinstance(rank, Mapping) else {}
     depth = check_overrides(model, list(adapter.sites.values()), patterns)
-    widths: dict[LowRank, int | None] = {}
+    widths: dict[Pair, int | None] = {}
     for key, delta in adapter.deltas.items():
-        if isinstance(delta.pair, LowRank):
+        if isinstance(delta.pair, Pair):
             by_pattern = override_for(adapter.sites[key], patterns, depth).get("rank")
             widths[delta.pair] = by_pattern if isinstance(rank, Mapping) else rank
     return widths

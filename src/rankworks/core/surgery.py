@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from rankworks.core.config import read
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
-from rankworks.core.lowrank import LowRank, alpha_of
+from rankworks.core.lowrank import LowRank, Pair
 from rankworks.core.merge import refuse_merged
 from rankworks.core.state import NAME, State, state_of
 
@@ -42,7 +42,7 @@ def ranked(delta: Delta) -> dict[str, tuple[nn.Module, Tensor]]:
     Raises `TrainingError` for a delta without a trained pair.
     """
     pair = delta.pair
-    if not isinstance(pair, LowRank):
+    if not isinstance(pair, Pair):
         raise TrainingError(f"{delta.spec.key} has no trained pair of factors whose ranks could be changed.")
     found: dict[str, tuple[nn.Module, Tensor]] = {"A": (pair, pair.A), "B": (pair, pair.B)}
     gate = gated_of(delta)
@@ -76,7 +76,7 @@ def compact(model: nn.Module, name: str = "default", optimizer: Optimizer | None
 def cut_closed(delta: Delta, optimizer: Optimizer | None = None) -> None:
     """Remove the ranks whose gate is zero, where the ranks can be removed."""
     gated = gated_of(delta)
-    if gated is None or not isinstance(delta.pair, LowRank):
+    if gated is None or delta.pair is None:
         return
     index = gated.gate.nonzero().flatten()
     if len(index) < len(gated.gate):
@@ -113,20 +113,15 @@ def replace_ranks(delta: Delta, tensors: Mapping[str, Tensor], optimizer: Optimi
     settle(delta, len(pair_of(delta).A), scale)
 
 
-def pair_of(delta: Delta) -> LowRank:
-    """Return the trained pair of a delta that has one."""
+def pair_of(delta: Delta) -> Any:
+    """Return the trained pair (`lowrank.Pair`) of a delta that has one."""
     ranked(delta)
-    pair = delta.pair
-    assert isinstance(pair, LowRank)
-    return pair
+    return delta.pair
 
 
 def settle(delta: Delta, rank: int, scale: float) -> None:
-    """Let a pair's settings say the rank it has now, with the alpha that gives this scale."""
-    pair = pair_of(delta)
-    alpha = alpha_of(scale, rank, pair.scaling)
-    pair.spec = pair.spec.replace(rank=rank, alpha=alpha)
-    pair.rank, pair.alpha = rank, alpha
+    """Let a pair's settings say the rank it has now, at this scale."""
+    pair_of(delta).settle(rank, scale)
 
 
 def refuse_several_processes(what: str) -> None:

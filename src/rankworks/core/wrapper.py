@@ -88,6 +88,12 @@ class Wrapper(Delta):
         return inner.method.cls.training_hook(inner, within)
 
     @classmethod
+    def pair_rank(cls, spec: Any, shape: Shape) -> int | None:
+        """The inner delta's."""
+        inner = cls.wrapped(spec)
+        return None if inner is None else inner.method.cls.pair_rank(inner, shape)
+
+    @classmethod
     def factored_rank(cls, spec: Any) -> int | None:
         """The inner delta's."""
         inner = cls.wrapped(spec)

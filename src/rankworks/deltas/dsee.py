@@ -84,6 +84,11 @@ class DSEE(LowRank):
         if init.key == "default" and self.kind != "embedding":
             self.A.copy_(self.draw.normal(*self.A.shape, std=0.02))
 
+    @classmethod
+    def pair_rank(cls, spec: Any, shape: Shape) -> int | None:
+        """None: masks of pruning stand between its factors and the change."""
+        return None
+
     # ---- the change ----
 
     def pair(self) -> Factors:
