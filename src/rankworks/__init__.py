@@ -29,14 +29,20 @@ if TYPE_CHECKING:
     from rankworks.plan.make import plan
     from rankworks.train.api import train
     from rankworks.train.optim import make_optimizer
+    from rankworks.train.stream import Stream
 
 # What needs transformers, datasets or accelerate is imported when it is first used: these take seconds.
-_LATER = {"load_model": "rankworks.core.hub", "make_optimizer": "rankworks.train.optim"}
+_LATER = {
+    "Stream": "rankworks.train.stream",
+    "load_model": "rankworks.core.hub",
+    "make_optimizer": "rankworks.train.optim",
+}
 _VERBS = ("train", "plan", "export", "calibrate")  # packages that are called: rw.train(...), rw.plan(...), ...
 
 __all__ = [
     "AdaptSpec",
     "RankworksError",
+    "Stream",
     "activate",
     "active",
     "adapt",
