@@ -12,7 +12,7 @@ Start: r hidden units of the block are cloned, K and G their rows of W_up and W_
 output is the base's and at first V alone has a gradient. Which units: the r of largest mean |activation| where
 `evidence` tells it (`rankworks.calibrate.memory`, which also writes tokens into the memories of plain blocks), else r
 by the seed: within 0.02 perplexity of it in the paper's ablation (19.06 and 19.04; Gaussian keys 19.90). Which they
-were is stored. A gated block trains 3 d r numbers, a plain one 2 d r.
+were is stored. A gated block trains 3 d r numbers, a plain one 2 d r. `rw.Stream` reads a stream and learns from it.
 Source: arXiv:2602.05085.
 """
 
