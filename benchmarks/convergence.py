@@ -90,14 +90,11 @@ class Bench:
         model, prepared, examples, held_out = self._load()
         setting, pad = self.setting, prepared.pad
         spec = AdaptSpec.from_flat({"seed": seed, **self.contenders[name]})
-        needs = needed(model, spec)
-        evidence = (
-            measure_evidence(
-                model, prepared, spec, needs, batches=8, batch_size=setting.batch, seed=seed, progress=False
+        evidence = None
+        if needed(model, spec):
+            evidence = measure_evidence(
+                model, prepared, spec, batches=8, batch_size=setting.batch, seed=seed, progress=False
             )
-            if needs
-            else None
-        )
         rw.adapt(model, spec, evidence=evidence)
         try:
             train = TrainConfig(steps=setting.steps, batch_size=setting.batch, seed=seed, eval_every=setting.every)
