@@ -40,6 +40,13 @@ CONVS: dict[str, tuple[Any, Any]] = {
     "grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2), lambda: torch.randn(2, 6, 7, 7)),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1), lambda: torch.randn(2, 6, 7, 7)),
 }
+
+
+def ranks(layer: nn.Module) -> dict[str, int]:
+    """Ranks 3 and 2 for input and output; a depthwise kernel has one input channel."""
+    return {"rank_in": min(3, layer.weight.shape[1]), "rank_out": 2}  # type: ignore[union-attr,index]
+
+
 every_conv = pytest.mark.parametrize("conv", CONVS)
 
 
@@ -85,7 +92,8 @@ def test_a_linear_change_is_s_p_out_gt_p_in_t(rank_in: int, rank_out: int) -> No
 
 @every_conv
 def test_a_convolutions_change_is_the_definition_and_the_released_tensordot_chain(conv: str) -> None:
-    model = adapted(CONVS[conv][0](), "flora-tucker", rank_in=3, rank_out=2, scale=0.5)
+    layer = CONVS[conv][0]()
+    model = adapted(layer, "flora-tucker", **ranks(layer), scale=0.5)
     delta = shake(model)
     kernel = change_of(model).reshape(model.layer.weight.shape)
     close(kernel, tucker(delta))
@@ -99,7 +107,7 @@ def test_a_convolutions_change_is_the_definition_and_the_released_tensordot_chai
 def test_the_thin_convolutions_are_the_convolution_with_the_changed_kernel(conv: str) -> None:
     layer, x = (make() for make in CONVS[conv])
     plain = copy.deepcopy(layer)
-    model = adapted(layer, "flora-tucker", rank_in=3, rank_out=2)
+    model = adapted(layer, "flora-tucker", **ranks(layer))
     shake(model)
     plain.weight = nn.Parameter(plain.weight + change_of(model).reshape(plain.weight.shape).detach())
     close(model(x), plain(x))
@@ -111,8 +119,45 @@ def test_a_mode_has_the_rank_it_is_given_at_most() -> None:
     model = adapted(nn.Conv2d(9, 8, (5, 4)), "flora-tucker", rank_in=3, rank_out=4, kernel_rank=2)
     shake(model)
     change = change_of(model).reshape(8, 9, 5, 4)
-    ranks = [rank_of(change.movedim(mode, 0).flatten(1)) for mode in range(4)]
-    assert ranks == [4, 3, 2, 2]
+    assert [rank_of(change.movedim(mode, 0).flatten(1)) for mode in range(4)] == [4, 3, 2, 2]
+
+
+@every_conv
+def test_the_defaults_are_cut_to_the_sizes_of_the_modes(conv: str) -> None:
+    layer = CONVS[conv][0]()
+    delta = delta_of(adapted(layer, "flora-tucker"))
+    out, in_, *sides = layer.weight.shape
+    assert delta.G.shape == (min(16, in_), min(16, out), *(min(2, n) for n in sides))
+    wide = delta_of(adapted(nn.Conv2d(40, 30, 5), "flora-tucker", scale_mode="plain"))
+    assert wide.G.shape == (16, 16, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"rank": 5}, r"rank 5 is more than the weight's input has values \(4\).*set rank_in to at most 4"),
+        ({"rank_in": 5}, r"rank_in 5 is more than the weight's input"),
+        ({"rank_out": 7}, r"rank_out 7 is more than the weight's output has values \(6\).*set rank_out to at most 6"),
+        ({"rank": 7, "rank_in": 4}, r"rank 7 is more than the weight's output has values \(6\).*set rank_out"),
+        ({"kernel_rank": 3}, r"kernel_rank 3 is more than the weight's side 2 of the kernel has values \(2\)"),
+        ({"rank": 0}, "rank 0 leaves nothing to train"),
+    ],
+)
+def test_a_rank_that_a_mode_cannot_have_is_refused(setting: dict[str, int], told: str) -> None:
+    with pytest.raises(TargetError, match=told):
+        adapted(conv2d(), "flora-tucker", **setting)
+    with pytest.raises(TargetError, match="rank_out"):
+        adapted(linear(40, 30), "flora-tucker", rank_out=31)
+
+
+def test_the_refused_rank_is_mended_by_an_override() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 16, 1))
+    with pytest.raises(TargetError, match=r"rank_in to at most 3 .*: 0 .*rank_in to at most 1 .*: 1 "):
+        rw.adapt(model, "flora-tucker", rank=8, targets=["0", "1", "2"])
+    overrides = {"0": {"rank_in": 3}, "1": {"rank_in": 1}}
+    rw.adapt(model, "flora-tucker", rank=8, targets=["0", "1", "2"], overrides=overrides)
+    assert rw.get_delta(model, "1").G.shape == (1, 8, 2, 2)  # type: ignore[union-attr]
+    assert rw.get_delta(model, "2").G.shape == (8, 8, 1, 1)  # type: ignore[union-attr]
 
 
 def test_whole_sides_with_the_identity_are_an_ordinary_tucker_2_convolution() -> None:
@@ -218,7 +263,7 @@ def test_a_linear_change_is_exported_at_the_smaller_rank(tmp_path: Path, rank_in
 @pytest.mark.parametrize("conv", ["1d", "3d", "pointwise", "depthwise"])
 def test_a_convolution_is_exported_at_rank_r_out(tmp_path: Path, conv: str) -> None:
     layer, x = (make() for make in CONVS[conv])
-    model = adapted(copy.deepcopy(layer), "flora-tucker", rank_in=3, rank_out=2)
+    model = adapted(copy.deepcopy(layer), "flora-tucker", **ranks(layer))
     delta = shake(model)
     B, A = delta.factors()
     assert B.shape == (len(B), 2)

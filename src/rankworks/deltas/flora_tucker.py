@@ -4,8 +4,9 @@
 
 Core G (r_in, r_out, r_1, ...) = 0 at the start, factors P_in (in, r_in), P_out (out, r_out), P_k (side k, r_k) drawn
 with deviation sqrt(1 / (2 r)): Kaiming normal with slope sqrt 3, whose fan is the rank. At first only G moves. All are
-trained; sum of dim r, plus prod r, numbers per site. A mode of n values has rank n at most: larger ranks are cut to n,
-which loses nothing (a depthwise kernel has one input channel, a pointwise one sides of 1).
+trained; sum of dim r, plus prod r, numbers per site. A mode of n values has rank n at most (a depthwise kernel has one
+input channel, a pointwise one sides of 1): what is left to the defaults, 16 and 2, is cut to that, and a rank that was
+given and is larger is refused.
 
 Exact as LoRA: linear at rank min(r_in, r_out), a convolution at rank r_out. A convolution runs as three thin ones:
 1 x 1 into r_in channels, the core's kernel with the base's stride, padding and dilation, 1 x 1 out of r_out.
@@ -26,30 +27,49 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from rankworks.core.delta import Delta, Factors
-from rankworks.core.fields import Positive, Probability, Rank, Setting
+from rankworks.core.fields import Positive, Probability, Setting
 from rankworks.core.inputs import Input, Patches, dropout, linear
 from rankworks.core.lowrank import Factored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 
+RANK, KERNEL_RANK = 16, 2
+"""The ranks where none is given, cut to the sizes of the modes."""
+
+
+def _sizes(shape: Shape) -> dict[str, int]:
+    """The number of values of every mode: in, out, then the kernel's sides."""
+    sides = {f"side {k} of the kernel": n for k, n in enumerate(shape.kernel, start=1)}
+    return {"input": shape.in_ // math.prod(shape.kernel), "output": shape.out, **sides}
+
+
+def _given(spec: Any, shape: Shape) -> list[tuple[str, int] | None]:
+    """The setting that gives every mode its rank, and that rank; None where it is left to the default."""
+    names = ["rank_in", "rank_out", *("kernel_rank" for _ in shape.kernel)]
+    names = [n if n == "kernel_rank" or getattr(spec, n) is not None else "rank" for n in names]
+    return [None if getattr(spec, n) is None else (n, getattr(spec, n)) for n in names]
+
 
 def _modes(spec: Any, shape: Shape) -> list[tuple[int, int]]:
-    """The size and rank of every mode: in, out, then the kernel's sides."""
-    r_in = spec.rank if spec.rank_in is None else spec.rank_in
-    r_out = spec.rank if spec.rank_out is None else spec.rank_out
-    sizes = [shape.in_ // math.prod(shape.kernel), shape.out, *shape.kernel]
-    ranks = [r_in, r_out, *(spec.kernel_rank for _ in shape.kernel)]
-    return [(n, min(n, r)) for n, r in zip(sizes, ranks, strict=True)]
+    """The size and rank of every mode."""
+    modes = []
+    for i, (n, given) in enumerate(zip(_sizes(shape).values(), _given(spec, shape), strict=True)):
+        modes.append((n, min(n, RANK if i < 2 else KERNEL_RANK) if given is None else given[1]))
+    return modes
 
 
 @delta("flora-tucker", title="FLoRA (Tucker)", year=2024, paper="arXiv:2405.14739")
 class FLoRATucker(Factored):
     """A small core and one factor per dimension of the weight."""
 
-    rank: int = Rank(16, "rank of the input's and the output's dimension")
+    rank: int | None = Setting(
+        None, "rank of the input's and the output's dimension; None: 16, or the dimension where it is smaller", ge=0
+    )
     rank_in: int | None = Setting(None, "rank of the input's dimension, in place of rank", ge=1)
     rank_out: int | None = Setting(None, "rank of the output's dimension, in place of rank", ge=1)
-    kernel_rank: int = Setting(2, "rank of each side of a convolution's kernel", ge=1)
+    kernel_rank: int | None = Setting(
+        None, "rank of each side of a convolution's kernel; None: 2, or 1 where the side is 1", ge=1
+    )
     scale: float = Positive(1.0, "multiplier of the change, with scale_mode plain")
     scale_mode: Literal["plain", "alpha_over_r"] = Setting("plain", "the multiplier: scale, or alpha/rank")
     alpha: float = Positive(16.0, "numerator of the multiplier, with scale_mode alpha_over_r")
@@ -75,7 +95,7 @@ class FLoRATucker(Factored):
     @property
     def multiplier(self) -> float:
         """s."""
-        return self.scale if self.scale_mode == "plain" else self.alpha / self.rank
+        return self.scale if self.scale_mode == "plain" else self.alpha / (self.rank or RANK)
 
     def _kernel(self) -> Tensor:
         """s G with its kernel modes multiplied out: (r_in, r_out, *kernel)."""
@@ -116,8 +136,17 @@ class FLoRATucker(Factored):
 
     @classmethod
     def problems(cls, spec: Any, shape: Shape) -> list[str]:
-        """The second convention is written for matrices."""
-        found = super().problems(spec, shape)
+        """A mode has no more rank than values, and the second convention is written for matrices."""
+        if spec.rank == 0:
+            return super().problems(spec, shape)
+        found = []
+        for (mode, n), given in zip(_sizes(shape).items(), _given(spec, shape), strict=True):
+            if given is not None and given[1] > n:
+                name, remedy = given[0], "rank_in" if mode == "input" else "rank_out" if mode == "output" else given[0]
+                found.append(
+                    f"flora-tucker's {name} {given[1]} is more than the weight's {mode} has values ({n}), which is the "
+                    f"largest rank there: lower it, or set {remedy} to at most {n} at this site with overrides"
+                )
         if shape.kernel and (spec.scale_mode, spec.factor_init) != ("plain", "kaiming_normal"):
             found.append(
                 "flora-tucker with scale_mode alpha_over_r, or another factor_init than kaiming_normal, is defined for "
