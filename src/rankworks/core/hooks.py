@@ -22,12 +22,16 @@ from rankworks.core.state import NAME, State
 
 @dataclass
 class Moment:
-    """Where a run stands when a hook is called: `step` counts optimizer steps from 1, `steps` is how many there are."""
+    """Where a run stands when a hook is called: `step` counts optimizer steps from 1, `steps` is how many there are.
+
+    `epoch` is how many steps one pass over the data takes, None where that is not known.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     step: int
     steps: int
+    epoch: float | None = None
 
 
 class Hook:

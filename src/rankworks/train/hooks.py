@@ -39,7 +39,8 @@ class HookCallback(TrainerCallback):
         self._model = keywords.get("model", self._model)
         self._optimizer = keywords.get("optimizer") or self._optimizer
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps the torch optimizer
-        return Moment(self._model, optimizer, step, state.max_steps)
+        done, passes = (state.global_step, state.epoch) if state.epoch else (state.max_steps, state.num_train_epochs)
+        return Moment(self._model, optimizer, step, state.max_steps, done / passes if passes else None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Restore the hooks of a resumed run and start them."""

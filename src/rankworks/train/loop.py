@@ -216,7 +216,8 @@ class Loop:
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 
     def _moment(self) -> Moment:
-        return Moment(self.model, self.optimizer, self.step, self.steps)
+        epoch = len(self.examples) / (self.train.batch_size * self.train.accumulate)
+        return Moment(self.model, self.optimizer, self.step, self.steps, epoch)
 
     def _call(self, name: str) -> None:
         moment = self._moment()
