@@ -168,8 +168,7 @@ def test_an_unknown_method(folder, kind):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "vera_only"),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),
         ("trainable_token_indices", [1, 2]),

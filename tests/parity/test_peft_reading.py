@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from both import EXACT, TARGETS, apart, outputs, saved_by_peft
 from peft import LoraConfig, MissConfig, ShiraConfig, VeraConfig, get_peft_model
 
 import rankworks as rw
-from rankworks.core.errors import StoreError
+from rankworks.core.errors import StoreError, TargetError
 from rankworks.core.state import state_of
 from tiny import tiny_bert_classifier, tiny_gpt2, tiny_llama
 
@@ -155,3 +156,102 @@ def test_two_adapters_read_onto_one_model(tmp_path):
     assert apart(outputs(model), outputs(one)) < 1e-5
     rw.detach(model)
     assert torch.equal(outputs(model), outputs(tiny_llama()))
+
+
+# ---- biases that PEFT trained in place ------------------------------------------------------------------------------
+
+
+BIASED = {
+    "lora": LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    "rslora": LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True, use_rslora=True),
+    "patterns": LoraConfig(
+        r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, rank_pattern={"c_fc": 2}
+    ),
+}
+
+
+@BOTH_TYPES
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_the_adapted_layers(tmp_path, name, dtype):
+    config = copy.deepcopy(BIASED[name])
+    config.bias = "lora_only"
+    ours = check(tmp_path, config, build=tiny_gpt2, dtype=dtype)
+    moved = [d.c for d in state_of(ours).adapter("read").deltas.values()]
+    assert all(float(c.detach().abs().max()) > 1e-3 for c in moved)
+    rw.export(ours, tmp_path / "again", kind="peft", name="read")
+    assert apart(outputs(rw.load(tiny_gpt2().to(dtype), tmp_path / "again")), outputs(ours)) < EXACT[dtype]
+    wanted = outputs(ours)
+    rw.merge(ours)
+    assert apart(outputs(ours), wanted) < 10 * EXACT[dtype]
+
+
+def test_a_bias_of_its_own_and_the_layer_s_add_up(tmp_path):
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["query"], bias="lora_only", lora_bias=True)
+    check(tmp_path, config, build=tiny_bert_classifier, dtype=torch.float64)
+
+
+def test_layers_without_a_bias_have_none(tmp_path):
+    for bias in ("all", "lora_only"):
+        ours = check(tmp_path / bias, LoraConfig(r=4, target_modules=TARGETS, bias=bias))
+        assert all(d.c is None for d in state_of(ours).adapter("read").deltas.values())
+
+
+def only_adapted_move(model):
+    """Put the biases of the layers that are not adapted back, as training that happened to leave them would."""
+    base = tiny_gpt2().state_dict()
+    for name, parameter in model.named_parameters():
+        own = name.removeprefix("base_model.model.")
+        if own in base and own.endswith(".bias"):
+            parameter.data.copy_(base[own])
+
+
+def test_all_biases_are_read_where_only_those_of_adapted_layers_moved_and_refused_elsewhere(tmp_path):
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    theirs = made_by_peft(tmp_path / "moved", config, tiny_gpt2)
+    model = tiny_gpt2()
+    with pytest.raises(StoreError, match=r"biases of 11 layers that it does not adapt .*h.0.attn.c_proj.*lora_only"):
+        rw.load(model, tmp_path / "moved")
+    assert rw.adapters(model) == []
+    only_adapted_move(theirs)
+    saved_by_peft(theirs, tmp_path / "still")
+    ours = rw.load(model, tmp_path / "still")
+    assert apart(outputs(ours), outputs(theirs)) < EXACT[torch.float32]
+    config.target_modules = r".*h\.0\.attn\.c_attn"
+    made_by_peft(tmp_path / "first", config, tiny_gpt2)
+    with pytest.raises(TargetError, match=r"has a bias of transformer.h.1.*, which this model does not have"):
+        rw.load(tiny_gpt2(layers=1), tmp_path / "first")
+
+
+def test_all_biases_beside_a_head_in_full(tmp_path):
+    config = LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear", bias="lora_only")
+    check(tmp_path / "lora_only", config, build=tiny_bert_classifier)
+    config = LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"], bias="all")
+    theirs = made_by_peft(tmp_path / "all", config, tiny_bert_classifier)
+    base = tiny_bert_classifier().state_dict()
+    for name, parameter in theirs.named_parameters():
+        own = name.removeprefix("base_model.model.")
+        if own in base and own.endswith(".bias"):
+            parameter.data.copy_(base[own])
+    saved_by_peft(theirs, tmp_path / "all")
+    ours = rw.load(tiny_bert_classifier(), tmp_path / "all")
+    assert list(state_of(ours).adapter("default").full) == ["classifier"]
+    assert apart(outputs(ours), outputs(theirs)) < EXACT[torch.float32]
+
+
+def test_a_dora_with_a_trained_bias_is_refused_and_with_the_base_s_is_read(tmp_path):
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, bias="lora_only", use_dora=True)
+    theirs = made_by_peft(tmp_path / "moved", config, tiny_gpt2)
+    with pytest.raises(StoreError, match=r"DoRA and was trained with the layer's bias.*bias='none'"):
+        rw.load(tiny_gpt2(), tmp_path / "moved")
+    base = tiny_gpt2().state_dict()
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("base_layer.bias"):
+            parameter.data.copy_(base[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+    saved_by_peft(theirs, tmp_path / "still")
+    assert apart(outputs(rw.load(tiny_gpt2(), tmp_path / "still")), outputs(theirs)) < EXACT[torch.float32]
+
+
+def test_other_methods_with_trained_biases_are_refused(tmp_path):
+    made_by_peft(tmp_path / "vera", VeraConfig(r=8, target_modules=["query"], bias="vera_only"), tiny_bert_classifier)
+    with pytest.raises(StoreError, match=r"bias='vera_only', which cannot be honoured here.*Merge it in PEFT"):
+        rw.load(tiny_bert_classifier(), tmp_path / "vera")

@@ -37,6 +37,7 @@ class Family(ABC):
     shared: ClassVar[tuple[str, ...]] = ()
     copies: ClassVar[tuple[str, ...]] = ()  # tensors at a layer that repeat the shared ones, and are not read
     fields: ClassVar[tuple[str, ...]]  # fields of adapter_config.json it honours; others must be at rest
+    values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # fields it honours at these values alone
 
     @abstractmethod
     def write(self, model: nn.Module, state: State, adapter: Adapter, parts: list[Part]) -> Written:

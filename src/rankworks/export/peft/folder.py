@@ -42,6 +42,7 @@ class PeftFolder:
     shared: list[str] = field(default_factory=list)
     full: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> parameter -> key in the file
     base: dict[str, str] = field(default_factory=dict)  # layer -> key of a copy of its base weight
+    biases: dict[str, str] = field(default_factory=dict)  # layer that is not adapted -> key of its bias (bias "all")
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def layer_shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
@@ -69,7 +70,8 @@ def open_folder(path: Path) -> PeftFolder:
             f"Merge it in PEFT, or turn it into a LoRA there (peft.convert_to_lora).{did_you_mean(str(kind), FAMILIES)}"
         )
     family = FAMILIES[kind]
-    refused = [f"{k}={v!r}" for k, v in config.items() if k not in (*PASSIVE, *family.fields) and v not in REST]
+    others = {k: v for k, v in config.items() if k not in (*PASSIVE, *family.fields) and v not in REST}
+    refused = [f"{k}={v!r}" for k, v in others.items() if v not in family.values.get(k, ())]
     if refused:
         raise StoreError(
             f"{path / CONFIG} sets {', '.join(refused)}, which cannot be honoured here: the adapter would compute "
@@ -137,11 +139,20 @@ def _place(folder: PeftFolder, key: str, full: list[str]) -> bool:
     if name.endswith(".base_layer.weight"):
         folder.base[name.removesuffix(".base_layer.weight")] = key
         return True
+    trains_biases = folder.config.get("bias") == "all"
     module = next((m for m in _prefixes(name) if any(m.endswith(f) for f in full)), None)
-    if module is None:
-        return False
-    folder.full.setdefault(module, {})[name.removeprefix(module + ".")] = key
-    return True
+    if module is not None:
+        inner = name.removeprefix(module + ".")
+        repeated = inner.startswith(
+            ("modules_to_save.", "original_module.")
+        )  # PEFT's wrapper; its bias stands alone too
+        if not (trains_biases and repeated):
+            folder.full.setdefault(module, {})[inner] = key
+        return True
+    if trains_biases and name.endswith(".bias"):
+        folder.biases[name.removesuffix(".bias")] = key
+        return True
+    return False
 
 
 def _prefixes(name: str) -> list[str]:

@@ -23,6 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 BIAS = "lora_B.bias"  # (out,), with `lora_bias`: multiplied by the scale like the product
+BASE_BIAS = "base_layer.bias"  # (out,), with bias "all" or "lora_only": the layer's own bias as it was trained
 
 
 def rank_in_file(part_kind: str, module: Any, rank: int) -> int:

@@ -4,6 +4,9 @@ Written with the method's own rank and alpha, so that PEFT can go on training it
 base (PiSSA, OLoRA) becomes the rank-2r adapter [B, -B0] [A; A0] against the original base, with alpha such that the
 scale is the same. Row ranges of one layer are stacked into one pair, and scales that differ are folded into B.
 DoRA is written around any inner change that has factors.
+
+Biases that PEFT trained in place (bias="lora_only", or "all" where nothing but adapted layers moved) are read as the
+change they made: a LoRA's c = (bias - the base's) / scale. Written again, they are PEFT's lora_bias.
 """
 
 from __future__ import annotations
@@ -116,11 +119,13 @@ class LoRAFamily(Family):
     deltas: ClassVar[tuple[str, ...]] = ("lora", "dora", "hydra", "gated")
     names: ClassVar[tuple[str, ...]] = (
         "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", layout.MAGNITUDE, layout.BIAS,
+        layout.BASE_BIAS,
     )  # fmt: skip
     fields: ClassVar[tuple[str, ...]] = (
         "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
         "init_lora_weights", "eva_config", "lora_bias",
     )  # fmt: skip
+    values: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("all", "lora_only")}
 
     def write(self, model: nn.Module, state: State, adapter: Adapter, parts: list[Part]) -> Written:
         """Return the folder's content."""
@@ -150,13 +155,16 @@ class LoRAFamily(Family):
             rank, alpha = self._rank_and_alpha(config, site, shapes)
         dora = bool(config.get("use_dora"))
         dropout = config.get("lora_dropout") or 0.0
-        more = {"bias": True} if config.get("lora_bias") else {}
+        trained = layout.BASE_BIAS in shapes and not dora
+        more = {"bias": True} if config.get("lora_bias") or trained else {}
         lora = build("delta", "lora", rank=rank, alpha=alpha, scaling=scaling, dropout=0.0 if dora else dropout, **more)
         return build("delta", "dora", inner=lora, dropout=dropout) if dora else lora
 
     def _rank_and_alpha(self, config: Mapping[str, Any], site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple:
         wanted = {*layout.lora_names(site.kind), *((layout.MAGNITUDE,) if config.get("use_dora") else ())}
         wanted |= {layout.BIAS} if config.get("lora_bias") else set()
+        if config.get("bias") in ("all", "lora_only"):  # a layer has one, or has not
+            wanted |= {layout.BASE_BIAS} & set(shapes)
         if set(shapes) != wanted:
             raise StoreError(
                 f"{site.path}: the file has {', '.join(sorted(shapes))} where a {site.kind} layer"
@@ -188,16 +196,38 @@ class LoRAFamily(Family):
         )
 
     def fill(self, delta: Delta, site: Site, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the factors and, for DoRA, the magnitudes."""
+        """Copy the factors and, for DoRA, the magnitudes; a bias that was trained in place is the change it made."""
         factors = layout.from_file(site.kind, site.module, dict(tensors), site.path)
         lora: Any = delta.inner if layout.MAGNITUDE in tensors else delta  # type: ignore[attr-defined]
         pairs = [(lora.A, factors.A, "A"), (lora.B, factors.B, "B")]
-        if layout.BIAS in tensors:
-            pairs.append((lora.c, tensors[layout.BIAS], "bias"))
+        bias = tensors.get(layout.BIAS)
+        if layout.BASE_BIAS in tensors:
+            moved = _moved_bias(site, tensors[layout.BASE_BIAS])  # (out,), float64
+            if lora is not delta and moved.any():
+                raise StoreError(
+                    f"{site.path}: the adapter is a DoRA and was trained with the layer's bias, which DoRA here does "
+                    "not change: merge it in PEFT and use the merged model, or train it with bias='none'."
+                )
+            bias = moved / lora.scale if bias is None else bias.double() + moved / lora.scale
+        if bias is not None and lora.c is not None:
+            pairs.append((lora.c, bias, "bias"))
         if layout.MAGNITUDE in tensors:
             pairs.append((delta.m, tensors[layout.MAGNITUDE].flatten(), "magnitudes"))  # type: ignore[attr-defined]
         for own, given, what in pairs:
             copy(own, given, f"{site.path} {what}")
+
+
+def _moved_bias(site: Site, given: Tensor) -> Tensor:
+    """Return how far the bias in a file is from the layer's own, (out,): zero where it is the same in its type."""
+    own = site.bias
+    if own is None or own.shape != given.shape:
+        raise StoreError(
+            f"{site.path}: the file has a bias of shape {tuple(given.shape)}, and this model's layer has no such one. "
+            "Load the base named in adapter_config.json."
+        )
+    own = own.detach().to(given.device)
+    same = torch.equal(given.to(own.dtype), own)
+    return torch.zeros_like(own, dtype=torch.float64) if same else given.double() - own.double()
 
 
 @torch.no_grad()

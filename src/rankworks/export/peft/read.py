@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankworks.core import full as full_modules
 from rankworks.core.adapt import attach
@@ -61,6 +61,7 @@ def _build(model: nn.Module, state: State, folder: PeftFolder, name: str, check_
         full=list(folder.full),
     )
     check(resolved, spec)
+    _check_biases(model, folder)
     if check_base:
         _check_base(folder, {site.path: site for site in sites})
     full = _modules(model, folder)
@@ -86,6 +87,30 @@ def _sites(model: nn.Module, folder: PeftFolder) -> list[Site]:
             f"{folder.path} holds no tensors: the adapter was saved empty, or its shards were not gathered."
         )
     return sites
+
+
+def _check_biases(model: nn.Module, folder: PeftFolder) -> None:
+    """Raise where the file trained the bias of a layer that it does not adapt: no change of ours would hold it."""
+    moved = []
+    for layer, key in folder.biases.items():
+        try:
+            own = model.get_submodule(layer).bias
+        except AttributeError:
+            own = None
+        if not isinstance(own, Tensor):
+            raise TargetError(
+                f"{folder.path} has a bias of {layer}, which this model does not have: load the base named in its "
+                f"adapter_config.json ({folder.config.get('base_model_name_or_path')!r})."
+            )
+        given = folder.read({"bias": key})["bias"].to(own)
+        if not torch.equal(given, own.detach()):
+            moved.append(layer)
+    if moved:
+        raise StoreError(
+            f"{folder.path} was trained with bias='all', and changes the biases of {len(moved)} layers that it does "
+            f"not adapt ({', '.join(moved[:3])}{', ...' if moved[3:] else ''}), where no LoRA stands to hold them: "
+            "merge it in PEFT and use the merged model, or train it with bias='lora_only', which is read."
+        )
 
 
 def _check_base(folder: PeftFolder, sites: dict[str, Site]) -> None:
