@@ -15,7 +15,7 @@ from rankworks.calibrate.statistics import STATISTICS
 from rankworks.calibrate.watch import quiet, watched
 from rankworks.core.build import needs_of, resolve
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
-from rankworks.core.evidence import Evidence, Need, as_needs
+from rankworks.core.evidence import MEASURED, Evidence, Need, as_needs
 from rankworks.core.progress import track
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
@@ -174,6 +174,10 @@ def _check(sites: Sequence[Site], wanted: Mapping[str, Sequence[Need]]) -> None:
     """Raise for an unknown statistic, and for one of inputs where no inputs are known."""
     for site in sites:
         for need in wanted[site.name]:
+            if need.source != MEASURED:
+                raise ConfigError(
+                    f"the {need.name} of a weight is not measured on data but stands in evidence, {need.source}."
+                )
             if need.name not in STATISTICS:
                 raise UnknownNameError(f"no statistic is called {need.name!r}.{did_you_mean(need.name, STATISTICS)}")
             if _reads(need) and (

@@ -80,7 +80,8 @@ class InputSVD(Statistic):
             return UNUSED
         return (
             f"has at most {self.longest} tokens in a batch that count, and {self.limit} directions of its inputs are "
-            "sought: give larger batches, or a smaller rank (or rho)"
+            "sought: give larger batches, a smaller rank (or rho), or let all tokens count that are no padding (eva's "
+            "label_mask: false)"
         )
 
     def result(self) -> dict[str, Tensor]:
