@@ -21,22 +21,19 @@ from rankworks.core.store import load, save
 from rankworks.core.summary import delta_weights, get_delta, summary, trainable_parameters
 from rankworks.core.switch import switch
 from rankworks.core.version import __version__ as __version__
+from rankworks.optim import make_optimizer
 
 if TYPE_CHECKING:
     from rankworks.calibrate.api import calibrate
     from rankworks.core.hub import load_model
     from rankworks.export.api import export
     from rankworks.plan.make import plan
+    from rankworks.quantize.api import quantise
     from rankworks.train.api import train
-    from rankworks.train.optim import make_optimizer
     from rankworks.train.stream import Stream
 
 # What needs transformers, datasets or accelerate is imported when it is first used: these take seconds.
-_LATER = {
-    "Stream": "rankworks.train.stream",
-    "load_model": "rankworks.core.hub",
-    "make_optimizer": "rankworks.train.optim",
-}
+_LATER = {"Stream": "rankworks.train.stream", "load_model": "rankworks.core.hub", "quantise": "rankworks.quantize"}
 _VERBS = ("train", "plan", "export", "calibrate")  # packages that are called: rw.train(...), rw.plan(...), ...
 
 __all__ = [
@@ -63,6 +60,7 @@ __all__ = [
     "merge",
     "methods",
     "plan",
+    "quantise",
     "save",
     "set_rank",
     "sparse_entries",

@@ -41,7 +41,7 @@ def test_bad_optimizers():
     model = tiny_mlp()
     with pytest.raises(UnknownNameError, match="Did you mean 'adamw'"):
         make_optimizer(model, "adamwx")
-    with pytest.raises(ConfigError, match=r"no setting 'momentun'.*Did you mean 'momentum'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'momentun'.*Did you mean 'momentum'"):
         make_optimizer(model, "sgd", momentun=0.9)
     with pytest.raises(TrainingError, match="nothing to train"):
         make_optimizer(tiny_llama().requires_grad_(False))

@@ -124,6 +124,11 @@ def selection(key: str, *, title: str, year: int, paper: str) -> Callable[[T], T
     return register("selection", key, title=title, year=year, paper=paper)
 
 
+def optimizer(key: str, *, title: str, year: int, paper: str) -> Callable[[T], T]:
+    """Register an `OptimizerMethod` class: how gradients become steps."""
+    return register("optimizer", key, title=title, year=year, paper=paper)
+
+
 def methods(axis: str | None = None) -> list[Method]:
     """Return all registered methods (of one axis), ordered by axis and key."""
     return sorted((m for m in _METHODS.values() if axis in (None, m.axis)), key=lambda m: (m.axis, m.key))
@@ -169,8 +174,10 @@ if TYPE_CHECKING:  # a field of this type holds a spec; on a delta the same name
     InitSpec = Any
     RanksSpec = Any
     SelectSpec = Any
+    OptimizerSpec = Any
 else:
     DeltaSpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(lambda value: build("delta", value))]
+    OptimizerSpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(lambda value: build("optimizer", value))]
     InitSpec = Annotated[SerializeAsAny[MethodSpec], BeforeValidator(lambda value: build("init", value))]
     RanksSpec = Annotated[
         SerializeAsAny[MethodSpec] | None, BeforeValidator(lambda value: value and build("rank", value))

@@ -19,8 +19,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from rankworks.core.config import Config, read
-from rankworks.core.errors import ConfigError, did_you_mean
-from rankworks.train.optim import OPTIMIZERS
+from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError
+from rankworks.core.registry import build, get, methods
 from rankworks.train.sources.config import DataConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -49,24 +49,43 @@ class OptimConfig(Config):
         default=0.03, ge=0, description="linear rise: a fraction of all steps below 1, a number of steps from 1 on"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay of matrices; vectors have none")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="moment decays of adam and adamw")
-    eps: float = Field(default=1e-8, gt=0, description="epsilon of adam and adamw")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null leaves it alone")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="further settings of the optimizer, e.g. {momentum: 0.9}"
+        default_factory=dict, description="the optimizer's own settings, which may also be written beside its name"
     )
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in OPTIMIZERS:
-            raise ValueError(f"no optimizer is called {value!r}.{did_you_mean(value, OPTIMIZERS)}")
-        return value
+        try:
+            return get("optimizer", value).key
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, values: Any) -> Any:
+        """Put settings of the optimizer that stand beside its name, `{name: sgd, momentum: 0.9}`, into `options`."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("options", {}), Mapping):
+            return values
+        known = {m.key: m for m in methods("optimizer")}.get(values.get("name", "adamw"))
+        theirs = known.cls.accepted(values) if known is not None else []  # type: ignore[attr-defined]
+        beside = {k: v for k, v in values.items() if k in theirs and k not in cls.model_fields}
+        kept = {k: v for k, v in values.items() if k not in beside}
+        return {**kept, "options": {**values.get("options", {}), **beside}} if beside else kept
+
+    @model_validator(mode="after")
+    def _read(self) -> OptimConfig:
+        """Read the settings as the optimizer will."""
+        try:
+            build("optimizer", self.name, **self.settings())
+        except RankworksError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for `make_optimizer` besides name and lr."""
-        adam = {"betas": self.betas, "eps": self.eps} if self.name.startswith("adam") else {}
-        return {"weight_decay": self.weight_decay, **adam, **self.options}
+        return {"weight_decay": self.weight_decay, **self.options}
 
 
 class TrainConfig(Config):

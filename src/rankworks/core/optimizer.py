@@ -1,0 +1,106 @@
+"""OptimizerMethod: how gradients become steps. A subclass is registered with `@optimizer` and writes `build`.
+
+What it builds is a torch optimizer whose state is tensors and numbers only, so that checkpoints, FSDP and accelerate
+work. What it must know of a parameter besides its gradient travels in the parameter groups: every group carries
+the `names` of its parameters, and a method that treats some of them in another way sorts them in `groups`, for example
+the A's and the B's of an adapted model (`roles`), or the weights that are projected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankworks.core.delta import Delta
+from rankworks.core.errors import TrainingError
+from rankworks.core.fields import HasSettings, NonNegative
+from rankworks.core.hooks import Hook
+from rankworks.core.summary import trained
+
+Group = dict[str, Any]
+
+
+class OptimizerMethod(HasSettings):
+    """How gradients become steps."""
+
+    Spec: ClassVar[Any]
+    spec: Any
+
+    weight_decay: float = NonNegative(0.0, "decay of matrices; vectors and scalars have none")
+
+    def __init__(self, spec: Any):
+        self.spec, self.key = spec, spec.key
+        for name in type(spec).model_fields:
+            if name != "optimizer":
+                setattr(self, name, getattr(spec, name))
+
+    def groups(self, model: nn.Module, lr: float) -> list[Group]:
+        """Return the parameter groups {params, names, lr, weight_decay, ...} of what the model trains."""
+        return grouped(model, lr, self.weight_decay)
+
+    def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        raise TypeError(f"{type(self).__name__} must define build(groups, lr)")
+
+    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | None:
+        """Return what it does during training besides its steps, or None."""
+        return None
+
+    @classmethod
+    def accepted(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return the settings a configuration may name beside the optimizer's name."""
+        return [name for name in cls.Spec.model_fields if name != "optimizer"]
+
+    def state_bytes(self, parameter: Tensor, group: Group) -> int:
+        """Return the bytes it keeps between steps for a parameter of a group, as a formula, without step counters."""
+        raise TypeError(f"{type(self).__name__} must define state_bytes(parameter, group)")
+
+
+Key = tuple[Any, ...]
+
+
+def grouped(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    mark: Callable[[str, nn.Parameter], tuple[float, Group]] | None = None,
+) -> list[Group]:
+    """Return the groups {params, names, lr, weight_decay} of what a model trains: matrices with decay, vectors without.
+
+    Tensors that a delta trains at a rate of its own (`Delta.rates`) stand in groups of their own. `mark(name,
+    parameter)` may give a parameter a further factor on its rate and entries for its group; equal ones share a group.
+    Raises `TrainingError` where nothing is trainable.
+    """
+    acting = {id(p) for p in trained(model)}  # adapters that are not active keep what they have
+    trainable = [(name, p) for name, p in model.named_parameters() if id(p) in acting]
+    if not trainable:
+        raise TrainingError("nothing to train: no parameter requires a gradient. Call adapt(model, ...) first.")
+    factors = {
+        id(delta.get_parameter(name)): factor
+        for delta in model.modules()
+        if isinstance(delta, Delta)
+        for name, factor in delta.rates().items()
+    }
+    groups: dict[Key, Group] = {}
+    for name, parameter in sorted(trainable, key=lambda pair: pair[1].ndim <= 1):  # stable: matrices first
+        factor, more = mark(name, parameter) if mark is not None else (1.0, {})
+        factor *= factors.get(id(parameter), 1.0)
+        decays = parameter.ndim > 1
+        start = {"params": [], "names": [], "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0, **more}
+        group = groups.setdefault((decays, factor, *sorted(more.items())), start)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def roles(model: nn.Module) -> dict[int, str]:
+    """Return what each parameter of the model's deltas is, by its id: "A", "B", ... as the delta names them."""
+    return {
+        id(parameter): role
+        for delta in model.modules()
+        if isinstance(delta, Delta)
+        for role, parameter in delta.named_parameters(recurse=False)
+    }

@@ -1,0 +1,59 @@
+"""Projecting a gradient G (m, n) into a subspace of low rank, and a step back out of it.
+
+    left     R = P^T G  (r, n)          back  P N            P (m, r)
+    right    R = G Q    (m, r)          back  N Q^T          Q (n, r)
+    both     R = P^T G Q  (r, r)        back  P N Q^T
+
+P and Q have orthonormal columns. `std` projects the short side, so that what an optimizer keeps lies along the long
+one: right for m >= n, left for m < n; `reverse_std` the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from rankworks.linalg import truncated_svd
+
+Side = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+class Basis(NamedTuple):
+    """The columns that are kept on each side; None where a side is left as it is."""
+
+    P: Tensor | None  # (m, r)
+    Q: Tensor | None  # (n, r)
+
+    def into(self, G: Tensor) -> Tensor:
+        """R of G (m, n)."""
+        R = G if self.P is None else self.P.t() @ G
+        return R if self.Q is None else R @ self.Q
+
+    def back(self, N: Tensor) -> Tensor:
+        """The step (m, n) of N in the subspace."""
+        step = N if self.P is None else self.P @ N
+        return step if self.Q is None else step @ self.Q.t()
+
+
+def sides(shape: tuple[int, ...], side: Side) -> tuple[bool, bool]:
+    """Return whether the left and whether the right side of a matrix (m, n) is projected."""
+    m, n = shape
+    if side in ("std", "reverse_std"):
+        right = (m >= n) == (side == "std")
+        return not right, right
+    return side in ("left", "full"), side in ("right", "full")
+
+
+def leading_basis(G: Tensor, rank: int, side: Side) -> Basis:
+    """Return the leading singular vectors of G, at most `rank`, on the sides that are projected, in G's type."""
+    left, right = sides(tuple(G.shape), side)
+    u, _, vh = truncated_svd(G, min(rank, *G.shape))  # (m, r), (r,), (r, n)
+    return Basis(u.to(G.dtype) if left else None, vh.t().to(G.dtype) if right else None)
+
+
+def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, int]:
+    """Return the shape of R."""
+    left, right = sides(shape, side)
+    r = min(rank, *shape)
+    return (r if left else shape[0], r if right else shape[1])

@@ -1,0 +1,25 @@
+"""make_optimizer: any registered optimizer over what a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankworks.core.registry import MethodSpec, build
+
+
+def make_optimizer(
+    model: nn.Module, name: str | MethodSpec | Mapping[str, Any] = "adamw", lr: float = 1e-4, **settings: Any
+) -> torch.optim.Optimizer:
+    """Return an optimizer over the parameters of `model` that require a gradient.
+
+    name: a key (`rankworks methods --axis optimizer`), a spec, or a mapping {"optimizer": key, ...}; lr: the learning
+    rate; settings: the method's. Every parameter group carries the `names` of its parameters. Raises
+    `UnknownNameError`, `ConfigError`, or `TrainingError` when nothing is trainable.
+    """
+    spec = build("optimizer", name, **settings)
+    method = spec.method.cls(spec)  # type: ignore[call-arg]
+    return method.build(method.groups(model, lr), lr)
