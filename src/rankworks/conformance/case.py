@@ -87,6 +87,9 @@ def evidence_for(model: nn.Module, spec: AdaptSpec) -> Evidence:
     for site, settings in resolve(model, spec):
         generator = torch.Generator().manual_seed(len(site.name) + sum(site.name.encode()))
         for need in needs_of([(site, settings)], spec):
+            if need.example is not None:
+                evidence.setdefault(site.name, {}).update(need.example(site.shape, generator))
+                continue
             if need.name not in STATISTICS:
                 raise NotApplicable(f"it starts from {need.name!r}, which the suite cannot make up")
             made = STATISTICS[need.name](**need.options).example(site.shape, generator)

@@ -87,10 +87,7 @@ def check(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec, evidence
         measured = evidence is None or site.tensor.is_meta  # shapes alone are adapted without data
         for need in () if measured else needs_of([(site, settings)], spec):
             if not need.met(known):
-                reason = (
-                    f"{settings_title(spec)} starts from the {need.name} of each weight, measured on data: give "
-                    "evidence=rankworks.calibrate(model, data, spec), or train from a recipe, which measures it first"
-                )
+                reason = f"{settings_title(spec)} starts from the {need.name} of each weight, {need.source}"
                 problems.setdefault(reason, []).append(site.name)
         for field, mine in settings.method.cls.common(settings).items():
             common = spec.delta.method.cls.common(spec.delta)[field]

@@ -5,7 +5,7 @@ A method names what it needs; `rankworks.calibrate` measures it at every site; `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,23 @@ from rankworks.core.errors import ConfigError
 Evidence = Mapping[str, Mapping[str, Tensor]]
 """What was measured on data: {site name: {"gradient": (out, in), ...}}; parts of a statistic are "name.part"."""
 
+MEASURED = (
+    "measured on data: give evidence=rankworks.calibrate(model, data, spec), or train from a recipe, which measures it "
+    "first"
+)
+
 
 @dataclass(frozen=True)
 class Need:
-    """A statistic by its name (`calibrate.STATISTICS`) and the settings it is measured with."""
+    """A statistic by its name (`calibrate.STATISTICS`) and the settings it is measured with.
+
+    What is not measured on data says in `source` where else it comes from, and makes up an `example` for tests.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    source: str = MEASURED
+    example: Callable[..., Mapping[str, Tensor]] | None = None
 
     def met(self, known: Iterable[str]) -> bool:
         """Whether evidence of these names holds it."""

@@ -36,6 +36,12 @@ class Start(NamedTuple):
     core: Tensor | None = None
 
 
+def balanced(u: Tensor, s: Tensor, vh: Tensor, scale: float, from_base: bool = False) -> Start:
+    """Return the start with scale B A = U diag(s) Vh and B^T B = A A^T = diag(s) / scale."""
+    root = (s / scale).sqrt()  # (r,)
+    return Start(A=root.unsqueeze(1) * vh, B=u * root, from_base=from_base)
+
+
 @dataclass(frozen=True)
 class Place:
     """What an initialiser knows of the change it starts."""
