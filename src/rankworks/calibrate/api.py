@@ -13,7 +13,7 @@ from rankworks.calibrate.inputs import ApartError, Kept, Masks, Reader, masks_of
 from rankworks.calibrate.statistic import Statistic
 from rankworks.calibrate.statistics import STATISTICS
 from rankworks.calibrate.watch import quiet, watched
-from rankworks.core.build import needs_of, resolve
+from rankworks.core.build import check, needs_of, resolve
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
 from rankworks.core.evidence import MEASURED, Evidence, Need, as_needs
 from rankworks.core.progress import track
@@ -63,6 +63,7 @@ def calibrate(
     """
     if isinstance(needs, AdaptSpec):
         resolved = resolve(model, needs)
+        check(resolved, needs)  # before the pass, which may be long
         sites, wanted = [site for site, _ in resolved], {r[0].name: needs_of([r], needs) for r in resolved}
     else:
         sites, same = find_sites(model, targets, exclude), as_needs(needs)

@@ -14,10 +14,10 @@ restricted to the directions that its inputs have, as LoRA-XS's own B A is W res
 at zero in place of the trained factor. B takes the directions unwhitened.
 
 Choices: the data are centred, as in both released implementations. `iterations` = 4 is their randomised SVD (a tenth of
-the exact one's time), 0 the exact. `label_mask` leaves out tokens whose own label is ignored, where there is a label per
-token. It is off, unlike in the released code: where an answer is a word or two it leaves fewer tokens than directions
-(16 in a batch of 8 BBC News articles), and not the positions that predict it. Data are gone through at most `passes`
-times; the released code goes on until all stand still, on small data many times.
+the exact one's time), 0 the exact. `label_mask` leaves out tokens whose own label is ignored, where there is a label
+per token. It is off, unlike in the released code: where an answer is a word or two it leaves fewer tokens than there
+are directions (16 in a batch of 8 BBC News articles), and not the positions that predict it. Data are gone through at
+most `passes` times; the released code goes on until all stand still, on small data many times.
 An `alpha` under rslora follows the root of the rank, where the released code multiplies by the ratio of ranks and so
 changes the scale; for alpha/r both are the same.
 Source: arXiv:2410.07170, section 3, and its released code.
@@ -82,7 +82,7 @@ class EVA(Init):
     ) -> Mapping[str, Mapping[str, Any]]:
         """Give every site as many ranks as it holds of the directions that explain most."""
         worths = {
-            site.name: self._worth(evidence[site.name])[: _limit(self.rho, settings, site.shape)]
+            site.name: self._worth(site, evidence[site.name], _limit(self.rho, settings, site.shape))
             for site, settings in resolved
         }
         ranks = share_out(worths, sum(_rank(settings) for _, settings in resolved))
@@ -100,13 +100,7 @@ class EVA(Init):
     def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""
         rank = place.rank
-        found = place.evidence["input_svd.components"]
-        if len(found) < rank:
-            raise ConfigError(
-                f"the evidence for eva holds {len(found)} directions of a site's inputs and its rank is {rank}: "
-                "measure it with the adapter's own spec, rankworks.calibrate(model, data, spec)."
-            )
-        A = directions = found[:rank].to(place.weight)  # (rank, in)
+        A = directions = place.evidence["input_svd.components"][:rank].to(place.weight)  # (rank, in)
         if self.whiten:
             A = directions / place.evidence["input_svd.values"][:rank].to(place.weight).sqrt().unsqueeze(1)
         if place.factors == 2:
@@ -119,8 +113,15 @@ class EVA(Init):
             return []
         return [f"eva takes at most in = {shape.in_} directions of the inputs and rank is {rank}: lower it there"]
 
-    def _worth(self, known: Mapping[str, Tensor]) -> Tensor:
-        return worth(self.metric, known["input_svd.values"], known["input_svd.spread"], int(known["input_svd.count"]))
+    def _worth(self, site: Site, known: Mapping[str, Tensor], limit: int) -> Tensor:
+        """What each of the site's `limit` directions explains. Raises `ConfigError` where fewer were measured."""
+        values = known["input_svd.values"]
+        if len(values) < limit:
+            raise ConfigError(
+                f"the evidence for eva holds {len(values)} directions of what {site.name} reads, and {limit} are "
+                "wanted: measure it with this adapter's own spec, rankworks.calibrate(model, data, spec)."
+            )
+        return worth(self.metric, values, known["input_svd.spread"], int(known["input_svd.count"]))[:limit]
 
 
 def _rank(settings: MethodSpec) -> int:
