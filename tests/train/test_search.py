@@ -19,6 +19,7 @@ import rankworks as rw
 from rankworks.core.errors import ConfigError, DataError, TargetError
 from rankworks.core.hooks import Hook
 from rankworks.core.spec import AdaptSpec
+from rankworks.core.state import state_of
 from rankworks.train import run
 from rankworks.train.api import FOUND
 from rankworks.train.config import RunConfig
@@ -168,10 +169,31 @@ def test_overrides_of_layers_that_are_not_chosen_are_no_mistake(tmp_path: Path):
     assert {t.shape[0] for name, t in tensors.items() if name.endswith(".A")} == {2 + number}
 
 
-def test_a_schedule_of_ranks_is_for_the_run_alone_and_a_start_from_the_base_for_both(tmp_path: Path):
-    result = run(searching(tmp_path, FLEXORA, adapt={"select": FLEXORA, "init": "pissa"}), progress=False)
+MORE: dict[str, dict[str, Any]] = {
+    "pissa": {"init": "pissa"},
+    "eva": {"init": "eva"},
+    "adalora": {"ranks": {"ranks": "adalora", "target": 2}},
+    "dora-eva": {"delta": "dora", "init": "eva"},
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_starts_from_data_and_schedules_of_ranks_go_with_it(tmp_path: Path, monkeypatch, name: str):
+    adapters, more, own = [], MORE[name], ScoreSteps.on_start
+
+    def on_start(self, moment):
+        adapters.append(state_of(moment.model).adapter("search"))
+        own(self, moment)
+
+    monkeypatch.setattr(ScoreSteps, "on_start", on_start)
+    result = run(searching(tmp_path, FLEXORA, adapt={"select": FLEXORA, **more}), progress=False)
     assert result.losses[-1] < result.losses[0]
-    assert outcome(tmp_path / "run")[0]["chosen"]
+    assert outcome(tmp_path / "run")[0]["chosen"] == result.chosen
+    (searched,) = adapters
+    assert searched.spec.ranks is None
+    assert len(searched.sites) == 14
+    meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert ("ranks" in meta["adapt"]) == ("ranks" in more)
 
 
 def test_the_model_is_left_as_it_was_and_no_folder_is_needed():

@@ -81,7 +81,7 @@ def next_commands(config: RunConfig, result: RunResult) -> list[str]:
     folder = Path(short(str(result.output)))
     first = command("inspect", adapter, "--model", model)
     second = command("merge", adapter, "--model", model, "--output", folder / "merged")
-    if config.adapt.get("delta", "lora") == "lora":
+    if config.adapt.get("delta", "lora") == "lora" and not config.adapt.get("select"):
         other = folder.with_name(f"{folder.name}-dora")
         return [first, second, command("train", folder, "adapt.delta=dora", "--output", other)]
     return [first, second, command("export", adapter, "--model", model, "--kind", "lora", "--output", folder / "lora")]

@@ -130,6 +130,9 @@ def _open(out: Output, config: RunConfig, resume: bool) -> None:
     latest = Path(str(config.output)) / "checkpoints" / "latest"
     again = resume and unfinished(config)
     step = f", going on after step {_step(latest)}" if again else ""
+    searched = Path(str(config.output)) / "search" / "checkpoints" / "latest"
+    if resume and not again and searched.is_file():
+        step = f", going on with the search after its step {_step(searched)}"
     if _leads():
         out.show(f"{title(config)}; everything is written to {short(str(config.output))}{step}")
 

@@ -39,7 +39,8 @@ class Relaxed:
     def __init__(self, selection: Searching, units: Mapping[str, Sequence[str]], changes: Mapping[str, Scaled]):
         self.selection, self.units, self.changes = selection, units, changes
         first = next(iter(changes.values()))
-        wide = torch.promote_types(next(first.owner.parameters()).dtype, torch.float32)
+        types = [p.dtype for change in changes.values() for p in change.owner.parameters()]
+        wide = torch.float64 if torch.float64 in types else torch.float32
         self.scores = torch.zeros(len(units), dtype=wide, device=first.factor.device)
 
     def act(self, scores: Tensor | None = None) -> None:
