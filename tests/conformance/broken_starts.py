@@ -50,6 +50,7 @@ class StartsTallOnly(GoodStart):  # every check with a wide layer: it builds fac
 
 
 class ClaimsToIgnoreAlpha(GoodStart):  # start_product_ignores_alpha_where_claimed
+    from_base: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     def start(self, place: Place) -> Start:

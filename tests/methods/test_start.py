@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankworks as rw
+from rankworks.core.draw import Draw
+from rankworks.core.start import Init, Place, Start, begin
+from rankworks.core.store import adapter_state
 from tiny import tiny_mlp
 
 STARTS = ["default", "gaussian"]
@@ -134,3 +137,39 @@ def test_starting_an_adapter_leaves_the_global_random_state_alone(init: str) -> 
     before = torch.get_rng_state()
     adapted(layer, "lora", rank=2, init=init)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("delta", "init", "extra"),
+    [
+        ("lora", "lora-ga", {"A0", "B0"}),
+        ("lora", "pissa", {"A0", "B0"}),
+        ("lora", {"init": "pissa", "quantised": True}, set()),
+        ("lora", "olora", {"A0", "B0"}),
+        ("lora", "corda", {"A0", "B0"}),
+        ("lora", "eva", set()),
+        ("lora", "loftq", set()),
+        ("lora-xs", "lora-sb", {"A", "B"}),
+        ("nlora", "nlora", set()),
+        ("nlora", {"init": "nlora", "form": "nystrom"}, {"A0", "N0", "B0"}),
+    ],
+)
+def test_where_there_are_no_numbers_a_start_has_its_shapes(delta: str, init: object, extra: set[str]) -> None:
+    """A plan of a large model is made on the meta device, without data: what will be stored is known all the same."""
+    model = rw.adapt(nn.Sequential(nn.Linear(64, 48, device="meta")), delta, rank=4, init=init)
+    found = {k.rsplit(".", 1)[-1]: t for k, t in adapter_state(model).items()}
+    trained = {"lora": {"A", "B"}, "lora-xs": {"R"}, "nlora": {"A", "N", "B"}}[delta]
+    assert set(found) == trained | extra
+    assert all(t.is_meta for t in found.values())
+
+
+def test_a_start_that_is_not_what_it_declares_is_an_error() -> None:
+    class Wrong(Init):
+        from_base = True
+
+        def start(self, place: Place) -> Start:
+            return Start(place.weight[: place.rank], place.weight[:, : place.rank])
+
+    wrong = object.__new__(Wrong)
+    with pytest.raises(TypeError, match="declared otherwise"):
+        begin(wrong, Place(torch.randn(4, 5), 2, 1.0, Draw(0)))

@@ -21,7 +21,7 @@ from rankworks.core.inputs import linear
 from rankworks.core.lowrank import scale_of
 from rankworks.core.projected import Projected
 from rankworks.core.site import Shape
-from rankworks.core.start import Init, Place
+from rankworks.core.start import Init, Place, begin
 
 
 class Cored(Projected):
@@ -57,7 +57,7 @@ class Cored(Projected):
         if init.key == "default":
             return
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
+        start = begin(init, Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
         A, B = (_own(t.to(self.A.dtype)) for t in (start.A, start.B))
         if not _same(A, self.A) or not _same(B, self.B):  # else they are rebuilt, and need no file
             self.A, self.B = self.stored(A), self.stored(B)

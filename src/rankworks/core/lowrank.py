@@ -20,7 +20,7 @@ from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.kernels import fits, lowrank_linear, lowrank_row_norms, write
 from rankworks.core.share import SharedInput
 from rankworks.core.site import Shape
-from rankworks.core.start import Init, Place
+from rankworks.core.start import Init, Place, begin
 
 
 class Nested(NamedTuple):
@@ -151,7 +151,7 @@ class LowRank(Pair, Factored):
         if not self.rank:  # an allocation may leave a site without any
             return
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, evidence=self.evidence))
+        start = begin(init, Place(exact, self.rank, self.scale, self.draw, self.kind, evidence=self.evidence))
         self.A.copy_(start.A)
         self.B.copy_(start.B)
         if start.from_base:

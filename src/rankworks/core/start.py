@@ -62,6 +62,7 @@ class Init(HasSettings):
     spec: Any
     fills: ClassVar[tuple[int, ...]] = (2,)  # how many factors the change may have: 2, 3
     unchanged: ClassVar[bool] = True  # the adapted model starts as its base
+    from_base: ClassVar[bool] = False  # the start's product is taken out of the weight (`Start.from_base`)
     scale_free: ClassVar[bool] = False  # the start's product scale * B A is the same for every alpha
     kinds: ClassVar[tuple[str, ...] | None] = None  # the kinds of site it starts a change at; None: any
     grouped: ClassVar[bool] = True  # also at a grouped convolution, whose groups read inputs of their own
@@ -75,6 +76,10 @@ class Init(HasSettings):
     def start(self, place: Place) -> Start:
         """Return the factors."""
         raise TypeError(f"{type(self).__name__} must define start(place)")
+
+    def takes_out(self) -> bool:
+        """Return whether the start's product is taken out of the weight, where that depends on the settings."""
+        return self.from_base
 
     def problems(self, shape: Shape, rank: int) -> list[str]:
         """Return why it cannot start a rank-`rank` change at a weight of this shape."""
@@ -100,3 +105,15 @@ class Init(HasSettings):
     def starts_unchanged(cls, spec: Any) -> bool:
         """Return whether the adapted model starts as its base, where that depends on the settings."""
         return cls.unchanged
+
+
+def begin(init: Init, place: Place) -> Start:
+    """Return where the factors start; on the meta device, which has no numbers to start from, their shapes."""
+    (out, in_), r = place.weight.shape, place.rank
+    if place.weight.is_meta:
+        A, B, core = (place.weight.new_empty(shape) for shape in ((r, in_), (out, r), (r, r)))
+        return Start(A, B, init.takes_out(), core if place.factors == 3 else None)
+    start = init.start(place)
+    if start.from_base != init.takes_out():
+        raise TypeError(f"{type(init).__name__}: from_base is {start.from_base} in its start, and declared otherwise")
+    return start

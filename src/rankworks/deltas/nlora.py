@@ -24,7 +24,7 @@ from rankworks.core.fields import Positive, Probability, Rank
 from rankworks.core.lowrank import Factored, scale_of
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.start import Init, Place
+from rankworks.core.start import Init, Place, begin
 
 
 @delta("nlora", title="NLoRA (SLoRA)", year=2025, paper="arXiv:2502.14482")
@@ -62,7 +62,7 @@ class NLoRA(Factored):
             self._slora()
             return
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        start = init.start(Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
+        start = begin(init, Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
         assert start.core is not None
         for factor, value in ((self.A, start.A), (self.N, start.core), (self.B, start.B)):
             factor.copy_(value)

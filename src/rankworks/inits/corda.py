@@ -40,6 +40,7 @@ class CorDA(Init):
 
     kinds: ClassVar[tuple[str, ...] | None] = ("linear", "conv1d_hf", "conv", "rows")
     grouped: ClassVar[bool] = False
+    from_base: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     mode: Literal["instruction", "knowledge"] = Setting(

@@ -39,7 +39,7 @@ from rankworks.linalg import randomised_svd, truncated_svd
 class LoRAGA(Init):
     """Singular directions of the gradient, some for A and others for B."""
 
-    fills: ClassVar[tuple[int, ...]] = (2,)
+    from_base: ClassVar[bool] = True
 
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = Setting("ArB2r", "which of the 2r directions A and B take")
     scale: Literal["stable", "unit", "gd", "weightS"] = Setting("stable", "the length c of A's rows and B's columns")

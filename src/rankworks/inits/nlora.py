@@ -49,6 +49,10 @@ class NLoRAStart(Init):
         """Only Nystrom's form, which is taken out of the weight."""
         return spec.form == "nystrom"
 
+    def takes_out(self) -> bool:
+        """Nystrom's form."""
+        return self.form == "nystrom"
+
     def start(self, place: Place) -> Start:
         """Return the three factors for a weight (out, in)."""
         weight, rank = place.weight, place.rank

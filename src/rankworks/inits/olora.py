@@ -9,6 +9,8 @@ Source: arXiv:2406.01775, section 3; like the released code, B A is not divided 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from rankworks.core.start import Init, Place, Start
 @init("olora", title="OLoRA", year=2024, paper="arXiv:2406.01775")
 class OLoRA(Init):
     """The first r columns of Q and rows of R, with the signs that make R's diagonal positive."""
+
+    from_base: ClassVar[bool] = True
 
     def start(self, place: Place) -> Start:
         """Return the factors for a weight (out, in)."""

@@ -36,6 +36,10 @@ class PiSSA(Init):
     oversample: int = Setting(0, "extra columns of the randomised SVD", ge=0)
     quantised: bool = Setting(False, "the base was quantised without its principal part: rankworks.quantise")
 
+    def takes_out(self) -> bool:
+        """Unless the base is quantised."""
+        return not self.quantised
+
     @classmethod
     def needs(cls, spec: Any) -> tuple[str | Need, ...]:
         """What was left out of a quantised base."""
