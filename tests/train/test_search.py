@@ -25,7 +25,7 @@ from rankworks.train.api import FOUND
 from rankworks.train.config import RunConfig
 from rankworks.train.relax import ScoreSteps
 from rankworks.train.search import must_search, search
-from tiny import tiny_llama
+from tiny import tiny_bert_classifier, tiny_llama
 
 FLEXORA = {"select": "flexora", "top_k": 1}
 DIFFORA = {"select": "diffora", "every": 2}
@@ -102,8 +102,7 @@ def test_the_run_starts_afresh_on_all_the_data(tmp_path: Path):
     assert not (tmp_path / "told" / FOUND).exists()
 
 
-@pytest.mark.parametrize("select", [FLEXORA, {**DIFFORA, "order": "unrolled"}])
-@pytest.mark.parametrize("stopped", [1, 3, 5])
+@pytest.mark.parametrize(("select", "stopped"), [(FLEXORA, 1), (FLEXORA, 5), ({**DIFFORA, "order": "unrolled"}, 3)])
 def test_a_search_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, select, stopped: int):
     blocks: dict[str, Any] = {"adapt": {"select": select, "dropout": 0.1}}
     run(searching(tmp_path, select, "whole", **blocks), progress=False)
@@ -194,6 +193,37 @@ def test_starts_from_data_and_schedules_of_ranks_go_with_it(tmp_path: Path, monk
     assert len(searched.sites) == 14
     meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert ("ranks" in meta["adapt"]) == ("ranks" in more)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "unrolled-bf16-checkpointing": ({"order": "unrolled"}, {"gradient_checkpointing": True, "precision": "bf16"}),
+    "accumulated-unpacked": ({"every": 2}, {"accumulate": 2, "packing": False}),
+    "two-steps-deep": ({"order": "unrolled", "unroll": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_whatever_the_loop_does_the_search_does(tmp_path: Path, name: str):
+    select, train = OPTIONS[name]
+    blocks: dict[str, Any] = {"train": {**train, "save_every": None}, "search": {"steps": 4, "batches": 2}}
+    result = run(searching(tmp_path, {**FLEXORA, **select}, **blocks), progress=False)
+    assert result.losses[-1] < result.losses[0]
+    assert any(score != 0 for score in outcome(tmp_path / "run")[0]["scores"].values())
+
+
+def test_a_classifier_with_its_head_in_full(tmp_path: Path):
+    config = searching(tmp_path, FLEXORA)
+    tiny_bert_classifier().save_pretrained(tmp_path / "model")
+    config["model"]["task"] = "classification"
+    config["optim"]["lr"] = 3e-2
+    result = run(config, progress=False)
+    found, tensors = outcome(tmp_path / "run")
+    assert found["chosen"] == result.chosen
+    assert {name for name in tensors if not name.startswith(found["chosen"][0])} == {
+        "full.classifier.weight",
+        "full.classifier.bias",
+    }
+    assert any(score != 0 for score in found["scores"].values())
 
 
 def test_the_model_is_left_as_it_was_and_no_folder_is_needed():
