@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from typing import Any
 MODEL = "smollm2-135m"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a two-sided 95 % interval of a mean, by the number of seeds."""
+
+DIVERGED = 1e9
+"""The end loss of a run that was stopped because its loss was not finite."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "bbc": {"data": {"name": "bbc-news", "max_length": 64}},
@@ -41,8 +44,17 @@ class Setting:
 class Bench:
     """One task: the model and the examples, and the file of finished cells."""
 
-    def __init__(self, task: str, setting: Setting, file: Path, contenders: Mapping[str, dict[str, Any]]):
+    def __init__(
+        self,
+        task: str,
+        setting: Setting,
+        file: Path,
+        contenders: Mapping[str, dict[str, Any]],
+        finish: Mapping[str, Callable[[Any], object]] | None = None,
+    ):
+        """`finish`: by contender, what is done to the trained model before it is measured at the end."""
         self.task, self.setting, self.file, self.contenders = task, setting, file, contenders
+        self.finish = finish or {}
         self.cells: dict[str, dict[str, Any]] = {}
         if file.exists():
             for line in file.read_text().splitlines():
@@ -104,14 +116,15 @@ class Bench:
             loop = Loop(model, examples, train, optim, evaluate=measure, pad=pad, progress=False)
             try:
                 loop.run()
-                valid = [[v["step"], v["loss"]] for v in loop.history.valid]
+                if name in self.finish:
+                    self.finish[name](model)
+                end = measure()["loss"]
             except TrainingError:  # it diverged
-                valid = [[v["step"], v["loss"]] for v in loop.history.valid] + [[setting.steps, math.inf]]
-            trained = rw.trainable_parameters(model)
+                end = DIVERGED
+            left = {"trained": rw.trainable_parameters(model), "ranks": ranks(model)}
         finally:
             rw.detach(model)
-        end = valid[-1][1]
-        return {"start": start, "valid": valid, "end": end if math.isfinite(end) else 1e9, "trained": trained}
+        return {"start": start, "valid": [[v["step"], v["loss"]] for v in loop.history.valid], "end": end, **left}
 
     def _load(self) -> Any:
         if self._loaded is None:
@@ -139,6 +152,19 @@ def steps_to(valid: Sequence[Sequence[float]], start: float, target: float) -> f
     return None
 
 
+def ranks(model: Any) -> dict[str, float]:
+    """Return the mean, the least and the largest rank that acts at the adapter's sites."""
+    from rankworks.core.state import state_of
+
+    adapter = state_of(model).adapter("default")
+    found = []
+    for key, delta in adapter.deltas.items():
+        factors = delta.factors_on(adapter.sites[key].weight)
+        start = getattr(delta.pair, "A0", None)
+        found.append(0 if factors is None or delta.empty else factors.A.shape[0] - (0 if start is None else len(start)))
+    return {"mean": round(statistics.fmean(found), 3), "least": min(found), "largest": max(found)}
+
+
 def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
     """Return per contender: its best rate, mean end loss with its interval, and steps to reach the plain one's end.
 
@@ -155,6 +181,7 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
         table[name] = {
             "rate": row["rate"],
             "trained": row["cells"][0]["trained"],
+            "ranks": [cell.get("ranks") for cell in row["cells"]],
             "loss": interval(row["ends"]),
             "steps": [None if r is None else round(r, 1) for r in reached],
             "steps_mean": interval(known) if len(known) == len(reached) else None,
@@ -167,6 +194,11 @@ def interval(numbers: Sequence[float]) -> dict[str, float]:
     mean = statistics.fmean(numbers)
     half = T95[len(numbers)] * statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
     return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+
+
+def described(setting: Setting) -> dict[str, Any]:
+    """Return the setting for a file of results."""
+    return {"model": MODEL, "tasks": TASKS, **asdict(setting)}
 
 
 def _plain(setting: Setting) -> dict[str, Any]:
