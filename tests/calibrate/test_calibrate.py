@@ -246,3 +246,48 @@ def test_a_recipe_measures_before_it_adapts(task: str, tmp_path: Any, monkeypatc
     delta = rw.get_delta(model, name)
     chosen = statistics["gradient"].abs().flatten().topk(len(delta.index)).indices
     assert set(delta.index.tolist()) == set(chosen.tolist())
+
+
+def test_fisher_is_the_mean_of_squared_gradients_of_samples() -> None:
+    """Batches of one text, against a gradient per text by autograd."""
+    model = tiny_llama()
+    texts = [{"input_ids": (ids := token_batch(batch=1, length=4 + s, seed=s)), "labels": ids} for s in range(4)]
+    found = rw.calibrate(model, texts, ("fisher",))
+    per_sample = [by_autograd(model, [text], "all-linear", model_loss) for text in texts]
+    for name, statistics in found.items():
+        wanted = torch.stack([sample[name]["gradient"].square() for sample in per_sample]).mean(0)
+        torch.testing.assert_close(statistics["fisher"], wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_a_bar_is_shown_where_a_person_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankworks.calibrate import api
+
+    shown: list[tuple[int, str]] = []
+
+    def track(items: Any, title: str) -> Any:
+        shown.append((len(items), title))
+        return items
+
+    monkeypatch.setattr(api, "track", track)
+    rw.calibrate(tiny_mlp(), [torch.randn(2, 12)] * 3, loss=squares, progress=False)
+    assert shown == []
+    rw.calibrate(tiny_mlp(), [torch.randn(2, 12)] * 3, loss=squares)
+    assert shown == [(3, "calibrating")]
+
+
+def test_the_seed_of_a_run_decides_what_is_measured() -> None:
+    from types import SimpleNamespace
+
+    from rankworks.train.batches import Example
+    from rankworks.train.calibration import measure_evidence
+
+    examples = [Example(ids := tuple(token_batch(batch=1, length=4 + s, seed=s)[0].tolist()), ids) for s in range(12)]
+    task = SimpleNamespace(train=list(range(12)))
+    prepared: Any = SimpleNamespace(task=task, pad=0, examples=lambda records, where: [examples[r] for r in records])
+    model, spec = tiny_llama(), AdaptSpec.from_flat({"delta": "lora", "rank": 2, "init": "eva"})
+    one, again, other = (
+        measure_evidence(model, prepared, spec, batches=2, batch_size=3, seed=s, progress=False) for s in (0, 0, 1)
+    )
+    parts = [(name, part) for name in one for part in one[name]]
+    assert all(torch.equal(one[n][p], again[n][p]) for n, p in parts)
+    assert not all(torch.equal(one[n][p], other[n][p]) for n, p in parts)
