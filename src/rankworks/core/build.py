@@ -167,9 +167,16 @@ def _against_ranks(settings: MethodSpec, spec: AdaptSpec, shape: Shape) -> list[
     trained = delta.pair_rank(settings, shape) is not None and delta.factored_rank(settings) is not None
     if cls.pairs and not trained:
         reasons.append(
-            f"{spec.ranks.key} cuts or adds ranks of a trained pair B A, which {settings.key} lacks: choose lora, dora"
+            f"{spec.ranks.key} cuts or adds ranks of a trained pair B A, which {_innermost(settings).key} lacks: "
+            "choose lora, dora"
         )
     return reasons
+
+
+def _innermost(settings: MethodSpec) -> MethodSpec:
+    """Return the settings of the delta that no other is inside of."""
+    inner = getattr(settings, "inner", None)
+    return _innermost(inner) if isinstance(inner, MethodSpec) else settings
 
 
 def unreachable(module: nn.Module, param: str | None = None) -> list[str]:
