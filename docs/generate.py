@@ -38,6 +38,24 @@ def page_name(method: Any) -> str:
     return f"{method.axis}-{method.key}.md"
 
 
+def use(method: Any) -> str:
+    """Return the line of Python that uses a method."""
+    from rankworks.core.registry import get
+    from rankworks.core.site import Shape
+
+    if method.axis == "optimizer":
+        return f'optimizer = rw.make_optimizer(model, "{method.key}", lr=2e-4)'
+    if method.axis == "delta":
+        return f'rw.adapt(model, "{method.key}")'
+    if method.axis == "init":
+        delta = "lora" if 2 in method.cls.fills else "lora-xs" if method.key == "lora-sb" else "nlora"
+        settings = get("delta", delta).Spec()
+        needs = method.cls.needs_at(method.Spec(), settings, Shape(64, 64))
+        given = ", evidence=evidence" if needs else ""
+        return f'rw.adapt(model, "{delta}", init="{method.key}"{given})'
+    return f'rw.adapt(model, "lora", {method.tag}="{method.key}")'
+
+
 def page(method: Any) -> str:
     """Return a method's page: its module's text, its settings, how to use it, what it promises."""
     text = inspect.getdoc(inspect.getmodule(method.cls)) or ""
@@ -46,11 +64,10 @@ def page(method: Any) -> str:
     lines += [f"{method.axis}, {method.year}, {link(method.paper)}", "", "```text", rest.strip("\n"), "```", ""]
     lines += ["## Settings", "", "| setting | default | meaning |", "|---|---|---|"]
     for name, field in method.Spec.model_fields.items():
-        if name != method.axis:
+        if name != method.tag:
             default = getattr(field.default, "key", field.default)
             lines.append(f"| `{name}` | `{default!r}` | {field.description or ''} |")
-    arguments = f'"{method.key}"' if method.axis == "delta" else f'"lora", init="{method.key}"'
-    lines += ["", "## Use", "", "```python", "import rankworks as rw", "", f"rw.adapt(model, {arguments})", "```", ""]
+    lines += ["", "## Use", "", "```python", "import rankworks as rw", "", use(method), "```", ""]
     if method.axis == "delta":
         kinds = ", ".join(method.cls.kinds)
         start = "unchanged, bit for bit" if method.cls.unchanged_at_init else "changed, by design"
