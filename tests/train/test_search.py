@@ -117,12 +117,13 @@ def test_a_search_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypat
     same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_run_that_was_stopped_after_its_search_does_not_search_again(tmp_path: Path, monkeypatch):
-    run(searching(tmp_path, FLEXORA, "whole"), progress=False)
+@pytest.mark.parametrize("select", [FLEXORA, DIFFORA])
+def test_a_run_that_was_stopped_after_its_search_does_not_search_again(tmp_path: Path, monkeypatch, select):
+    run(searching(tmp_path, select, "whole"), progress=False)
     with pytest.raises(StopError):
-        run(searching(tmp_path, FLEXORA), hooks=[Stop(3)], progress=False)
+        run(searching(tmp_path, select), hooks=[Stop(3)], progress=False)
     stop_searching(monkeypatch, 1)
-    run(searching(tmp_path, FLEXORA), hooks=[Stop(0)], progress=False)
+    run(searching(tmp_path, select), hooks=[Stop(0)], progress=False)
     same(tmp_path / "whole", tmp_path / "run")
 
 
