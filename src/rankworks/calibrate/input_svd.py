@@ -4,7 +4,8 @@ Every site asks for `rank` directions and `limit` >= rank of them are tracked (l
 pooled worths of all sites' directions are compared, and a site wants as many as it holds of the `sum of rank` largest.
 A direction stands still when |cos| between it and itself before the last batch is at least `tau`; a statistic whose
 wanted directions all do is done and takes no more data, until it wants more. (|cos|, not cos: the sign is a
-convention, and near a tie of the two largest entries it may turn while the direction stays.)
+convention, and near a tie of the two largest entries it may turn while the direction stays. The released code takes
+such a turn for a movement.)
 A batch with fewer tokens than directions says too little and is skipped.
 Source: arXiv:2410.07170 and its released code.
 """
