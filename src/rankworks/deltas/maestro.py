@@ -28,7 +28,7 @@ from rankworks.core.inputs import Input, linear
 from rankworks.core.lowrank import Pair
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.linalg import truncated_svd
+from rankworks.linalg.balanced import balanced_factors
 
 
 @delta("maestro", title="Maestro", year=2023, paper="arXiv:2308.14929")
@@ -53,10 +53,9 @@ class Maestro(Pair):
     @torch.no_grad()
     def reset(self, weight: Tensor, init: Any) -> None:
         """Factor the weight."""
-        u, s, vh = truncated_svd(weight, len(self.A))
-        root = s.sqrt()
-        self.A.copy_(root.unsqueeze(1) * vh)
-        self.B.copy_(u * root)
+        B, A = balanced_factors(weight, len(self.A))
+        self.B.copy_(B)
+        self.A.copy_(A)
 
     def forward(self, x: Input, base: Base) -> Tensor:
         """B A x + b + c, without the frozen product."""

@@ -7,9 +7,9 @@ a gradient to rank b alone (the b - 1 before it act, held still), else to all b.
 geometric, P(b) ~ (1 - p)^(b - 1); a site of a smaller rank lets all its ranks act where b is larger. b is a function
 of the seed and the step alone, so that micro-batches, processes and resumed runs agree without a state.
 
-The released training script freezes, and so does the default; the paper's tables have both, and its text prefers
-`frozen=False` for quality and `frozen=True` for speed. Its code multiplies A and B by sqrt(r/b) each and their product
-by alpha/r, which is s_b: `rw.set_rank(model, b)` gives that scale in inference, and all exports then hold rank b.
+The released training script freezes, and so does the default. Its code multiplies A and B by sqrt(r/b) each and their
+product by alpha/r, which is s_b (a common port has sqrt(r/b) once): `rw.set_rank(model, b)` gives that scale in
+inference, and all exports then hold rank b.
 
 A and B are single tensors, so momentum and weight decay would move also rows that no gradient reached. With `strict`
 a step changes the trained rows alone: the others' numbers and moments are put back as they were.

@@ -11,7 +11,8 @@ at the mean rank; by type, since depth and not type is what the scores of one ty
 all with each other; types with a single weight are compared as one); and that a flat spectrum gets more ranks. LaMDA's
 projections span the r leading directions, so the share of W outside them is what limits a weight, and e_m = 1, a weight
 spanned already, must not ask for more: `flat_gets_more=False` turns it round. The scale alpha/r stays by default.
-Sites whose settings give them another rank share a budget with those of that rank alone.
+Sites whose settings give them another rank share a budget with those of that rank alone. A plan, which sees shapes and
+no weights, counts every site at its mean.
 Source: arXiv:2406.12832, section 3.3.
 """
 
