@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from facts import adapted, backward, base_of, change_of, close, delta_of, linear, shake
+from facts import (
+    KINDS,
+    adapted,
+    backward,
+    base_of,
+    change_of,
+    close,
+    delta_of,
+    layer_and_input,
+    linear,
+    shake,
+    with_change,
+)
 from runs import falls, resumes_exactly, same, tiny_run, trained_by
 from torch import nn
 
@@ -71,6 +84,42 @@ def test_rank_b_is_the_plain_lora_of_the_slices(scaling: str):
     rw.set_rank(model, None)
     whole = ALPHA / (R if scaling == "standard" else R**0.5)
     close(change_of(model), whole * delta.B @ delta.A)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_reads_the_slices(kind: str):
+    layer, x = layer_and_input(kind)
+    model = adapted(layer, "lora", rank=4, alpha=ALPHA, ranks="dylora")
+    delta = shake(model)
+    for b in (1, 3):
+        rw.set_rank(model, b)
+        change = ALPHA / b * delta.B[:, :b] @ delta.A[:b]
+        close(change_of(model), change)
+        close(model(x), with_change(layer_of(model), change)(x), 1e-11)
+
+
+def layer_of(model: nn.Module) -> nn.Module:
+    """The base layer, without its adapter."""
+    plain = copy.deepcopy(model)
+    rw.detach(plain)
+    return plain.layer  # type: ignore[return-value]
+
+
+def test_gates_and_biases_are_nested_too():
+    model = adapted(linear(7, 6), {"delta": "gated", "inner": rw.LoRA(rank=4, alpha=ALPHA)}, ranks="dylora")
+    delta, x = shake(model), torch.randn(3, 7)
+    rw.set_rank(model, 2)
+    inner = delta.inner
+    close(change_of(model), ALPHA / 2 * (inner.B[:, :2] * delta.gate[:2]) @ inner.A[:2])
+    (hook,) = method_hooks(model)
+    where = moment(model, step_with(hook, 3), torch.optim.AdamW(trained(model), lr=0.1, weight_decay=0.5))  # type: ignore[arg-type]
+    before = delta.gate.detach().clone()
+    hook.before_forward(where)
+    model(x).square().sum().backward()
+    hook.after_backward(where)
+    where.optimizer.step()
+    hook.after_step(where)
+    assert [bool(a == b) for a, b in zip(before, delta.gate.detach(), strict=True)] == [True, True, False, True]
 
 
 def test_the_factors_of_the_released_code_are_alpha_over_b():
@@ -304,8 +353,9 @@ def test_what_is_wrong_is_refused():
         one(lowest=6)
     with pytest.raises(TargetError, match="choose init default"):
         adapted(linear(), "lora", rank=2, ranks="dylora", init="pissa")
-    with pytest.raises(TargetError, match="trained pair"):
-        adapted(linear(), "vera", rank=2, ranks="dylora")
+    for delta in ("vera", "dsee", "lora-xs"):
+        with pytest.raises(TargetError, match="trained pair"):
+            adapted(linear(), delta, rank=2, ranks="dylora")
 
 
 @pytest.mark.slow

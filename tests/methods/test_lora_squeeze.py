@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from facts import adapted, best_of_rank, change_of, close, delta_of, linear, quick, rank_of, shake, singular
+from facts import (
+    KINDS,
+    adapted,
+    best_of_rank,
+    change_of,
+    close,
+    delta_of,
+    layer_and_input,
+    linear,
+    quick,
+    rank_of,
+    shake,
+    singular,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import falls, resumes_exactly, same, tiny_run
@@ -25,6 +38,7 @@ from rankworks.core.summary import trained
 from rankworks.linalg import svd_of_product
 from rankworks.linalg.squeeze import norm_of_product, randomised_svd_of_product, singular_values_of_product
 from rankworks.ranks.lora_squeeze import Stages, stage_lengths
+from tiny import tiny_llama
 
 OUT, IN, R = 9, 11, 6
 
@@ -179,6 +193,32 @@ def test_the_inner_change_of_dora_and_gates_are_squeezed():
     rw.squeeze(gated, rank=2)
     close(change_of(gated), best_of_rank(D, 2), 1e-12)
     assert torch.equal(delta_of(gated).gate, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(kind: str):
+    layer, x = layer_and_input(kind)
+    model = adapted(layer, "lora", rank=4)
+    shake(model)
+    D = change_of(model)
+    rw.squeeze(model, rank=2)
+    close(change_of(model), best_of_rank(D, 2), 1e-12)
+    with rw.disabled(model):
+        frozen = model(x)
+    merged = rw.merge(model)(x)
+    rw.unmerge(model)
+    close(model(x) - frozen, merged - frozen, 1e-10)
+
+
+def test_one_change_that_two_weights_share_is_squeezed_once():
+    model = rw.adapt(tiny_llama(tie=True), "lora", rank=4, targets=["embed_tokens", "lm_head"], tied="shared")
+    shake(model)
+    wanted = {k: best_of_rank(D, 2) for k, D in rw.delta_weights(model).items()}
+    report = rw.squeeze(model, rank=2)
+    assert len(report.sites) == 1
+    assert report.before == 2 * report.after
+    for key, D in rw.delta_weights(model).items():
+        close(D, wanted[key], 1e-5)
 
 
 def test_a_truncated_dylora_is_squeezed_as_it_acts():
