@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,7 +273,7 @@ def test_the_penalty_by_hand_and_nothing_at_orthonormal_factors() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(3, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True), torch.randn(2, 4)]
     norms = [torch.linalg.matrix_norm(m @ m.t() - torch.eye(len(m))) for m in matrices]
-    released, paper = departure(matrices), departure(matrices, "paper")
+    released, paper = departure(matrices), departure(matrices[:2], [matrices[2].t()], "paper")
     assert released is not None
     assert paper is not None
     close(released, torch.stack(norms).mean())
@@ -282,11 +281,14 @@ def test_the_penalty_by_hand_and_nothing_at_orthonormal_factors() -> None:
     X, M = matrices[0], matrices[0] @ matrices[0].t() - torch.eye(3)
     close(torch.autograd.grad(released, X, retain_graph=True)[0], 2 * M @ X / norms[0] / 3)
     close(torch.autograd.grad(paper, X)[0], 4 * M @ X)
+    tall = [torch.randn(7, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True)]
+    for form in ("released", "paper"):
+        assert torch.autograd.gradcheck(lambda *m, f=form: departure(m[:2], m[2:], f), (*matrices[:2], *tall))
     for form in ("released", "paper"):
         q = torch.linalg.qr(torch.randn(7, 3)).Q.t().contiguous().requires_grad_()
         eye = torch.eye(3, 7).requires_grad_()  # exactly zero, where a norm has no gradient
         for each, size in ((q, 1e-14), (eye, 0.0)):
-            term = departure([each], form)  # type: ignore[arg-type]
+            term = departure([each], (), form)  # type: ignore[arg-type]
             assert term is not None
             assert term.detach() <= size
             assert torch.autograd.grad(term, each)[0].isfinite().all()
@@ -295,7 +297,8 @@ def test_the_penalty_by_hand_and_nothing_at_orthonormal_factors() -> None:
 def test_the_penalty_is_of_the_trained_factors_alone() -> None:
     model, hook = two(orthogonal=0.5)
     moment = Moment(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, 8)
-    wanted = departure([m for d in hook.deltas.values() for m in (pair_of(d).A, pair_of(d).B.t())])
+    pairs = [pair_of(d) for d in hook.deltas.values()]
+    wanted = departure([p.A for p in pairs], [p.B for p in pairs])
     term = hook.penalty(moment)
     assert term is not None
     assert wanted is not None
@@ -405,10 +408,12 @@ def test_it_learns(settings: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("_single")
 def test_it_acts_in_another_trainer() -> None:
+    from transformers import TrainerState
+
     from rankworks.train.hooks import HookCallback
 
     model = rw.adapt(tiny_llama(), rank=4, ranks={"ranks": "adalora", "target": 1, "final": 1, "warmup": 0})
-    callback, state = HookCallback(), SimpleNamespace(global_step=0, max_steps=3)
+    callback, state = HookCallback(), TrainerState(max_steps=3, num_train_epochs=1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     words = {"model": model, "optimizer": optimizer}
     callback.on_train_begin(None, state, None, **words)

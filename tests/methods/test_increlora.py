@@ -363,7 +363,7 @@ def test_the_penalty_over_a_site_or_over_the_ranks_of_a_round() -> None:
     drive.step()
     drive.step()  # one round: sites of 1 + 2 + 2 rows and of 1 + 2
     pairs = [pair_of(d) for d in hook.deltas.values()]
-    term, wanted = hook.penalty(drive.moment()), departure([m for p in pairs for m in (p.A, p.B.t())])
+    term, wanted = hook.penalty(drive.moment()), departure([p.A for p in pairs], [p.B for p in pairs])
     assert term is not None
     assert wanted is not None
     close(term, 0.5 * wanted)

@@ -137,7 +137,7 @@ class Budget(Hook):
         """The factors' departure from orthonormality."""
         weight = self.schedule.orthogonal
         pairs: list[Any] = [d.pair for d in self.deltas.values() if d.pair is not None]
-        term = departure([m for p in pairs for m in (p.A, p.B.mT)], self.schedule.penalty) if weight else None
+        term = departure([p.A for p in pairs], [p.B for p in pairs], self.schedule.penalty) if weight else None
         return None if term is None else weight * term
 
     @torch.no_grad()

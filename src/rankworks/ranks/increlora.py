@@ -179,12 +179,11 @@ class Growth(Hook):
         """The factors' departure from orthonormality."""
         if not self.schedule.orthogonal:
             return None
-        matrices: list[Tensor] = []
-        for key, delta in self.deltas.items():
-            pair = pair_of(delta)
-            for part in self._chunks(key, len(pair.A)):
-                matrices += [pair.A[part], pair.B[:, part].mT]
-        term = departure(matrices, self.schedule.penalty)
+        pairs = {key: pair_of(delta) for key, delta in self.deltas.items()}
+        parts = [(pair, part) for key, pair in pairs.items() for part in self._chunks(key, len(pair.A))]
+        term = departure(
+            [pair.A[part] for pair, part in parts], [pair.B[:, part] for pair, part in parts], self.schedule.penalty
+        )
         return None if term is None else self.schedule.orthogonal * term
 
     @torch.no_grad()
