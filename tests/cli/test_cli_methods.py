@@ -14,7 +14,7 @@ def test_json_lists_every_method_with_its_settings() -> None:
     for told, method in zip(listed, methods(), strict=True):
         assert (told["title"], told["paper"], told["year"]) == (method.title, method.paper, method.year)
         names = {setting["name"] for setting in told["settings"]}
-        assert names == set(method.Spec.model_fields) - {method.axis}
+        assert names == set(method.Spec.model_fields) - {method.tag}
     lora = next(m for m in listed if m["key"] == "lora")
     scaling = next(s for s in lora["settings"] if s["name"] == "scaling")
     assert scaling["default"] == "standard"
