@@ -223,7 +223,7 @@ def test_dora_and_lora_xs_get_ranks_too() -> None:
 # ---- rank 0 ----
 
 
-def with_a_quiet_layer() -> tuple[nn.Module, AdaptSpec]:
+def with_a_quiet_layer(delta: str = "lora") -> nn.Module:
     """Three layers; the second reads noise in every direction alike and wins nothing beside the others."""
 
     class Three(nn.Module):
@@ -236,12 +236,12 @@ def with_a_quiet_layer() -> tuple[nn.Module, AdaptSpec]:
 
     model = Three().eval()
     x = torch.cat([inputs(60, 8, rank=2), torch.randn(60, 30)], dim=1)
-    spec = AdaptSpec.from_flat({"delta": "lora", "rank": 1, "init": {"init": "eva", "iterations": 0, "rho": 2.0}})
-    return rw.adapt(model, spec, evidence=rw.calibrate(model, [x], spec, loss=squares)), spec
+    spec = AdaptSpec.from_flat({"delta": delta, "rank": 1, "init": {"init": "eva", "iterations": 0, "rho": 2.0}})
+    return rw.adapt(model, spec, evidence=rw.calibrate(model, [x], spec, loss=squares))
 
 
 def test_rank_zero_is_legal_in_everything(tmp_path: Path) -> None:
-    model, _ = with_a_quiet_layer()
+    model = with_a_quiet_layer()
     x = torch.randn(5, 38)
     assert {n: d.rank for n, d in deltas_of(model).items()} == {"first": 2, "quiet": 0, "last": 1}
     model(x).sum().backward()
@@ -265,6 +265,25 @@ def test_rank_zero_is_legal_in_everything(tmp_path: Path) -> None:
     assert site_settings(model) == settings
     rw.detach(model)
     close(rw.load(model, tmp_path / "peft")(x), y)
+
+
+@pytest.mark.parametrize("delta", ["dora", "lora-xs"])
+def test_rank_zero_is_legal_in_other_deltas(delta: str, tmp_path: Path) -> None:
+    model, x = with_a_quiet_layer(delta), torch.randn(5, 38)
+    ranks = {n: (d.inner if delta == "dora" else d).rank for n, d in deltas_of(model).items()}
+    assert ranks == {"first": 2, "quiet": 0, "last": 1}
+    model(x).sum().backward()
+    shake(model)
+    y = model(x).detach()
+    rw.merge(model)
+    close(model(x), y)
+    rw.unmerge(model)
+    rw.save(model, tmp_path / "adapter")
+    rw.export(model, tmp_path / "peft", kind="peft" if delta == "dora" else "lora")
+    rw.detach(model)
+    assert torch.equal(rw.load(model, tmp_path / "adapter")(x), y)
+    rw.detach(model)
+    close(rw.load(model, tmp_path / "peft")(x), y, 1e-6)
 
 
 def test_rank_zero_is_still_refused_from_a_user() -> None:

@@ -180,7 +180,7 @@ class Delta(HasSettings, nn.Module):
     @property
     def empty(self) -> bool:
         """Whether no rank of it acts, so that it changes nothing and an export may leave it out."""
-        return False
+        return type(self).factored_rank(self.spec) == 0
 
     def gated(self, gate: Tensor) -> Factors:
         """Return the factors B diag(gate) A of the change, where it has factors; `gate` (k,) scales its k ranks."""

@@ -35,6 +35,11 @@ class Wrapper(Delta):
         """The inner delta's."""
         return self.within.pair if self.within is not None else None
 
+    @property
+    def empty(self) -> bool:
+        """Not by the inner delta's rank: what is around it may change the weight too."""
+        return False
+
     def current_spec(self) -> MethodSpec:
         """Its settings, with the inner delta's as they are now."""
         return self.spec if self.within is None else self.spec.replace(inner=self.within.current_spec())
