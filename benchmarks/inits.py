@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import os
 import sys
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 
 MODEL = "smollm2-135m"
 RANK = 16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 OURS: dict[str, dict[str, Any]] = {"pissa-4": {"init": {"init": "pissa", "iterations": 4}}}
 """Settings of ours beside each initialiser's defaults, by the name they are reported under."""
@@ -37,7 +39,8 @@ PEFT: dict[str, str] = {
     "corda": "corda",
     "lora-ga": "lora_ga",
 }
-"""Peft's names of the same starts. Its loftq needs an accelerator, so there is nothing to compare on a CPU."""
+"""Peft's names of the same starts. Its loftq needs an accelerator, so there is nothing to compare on a CPU; its corda
+imports the package attrs without depending on it, and is left out where that is missing."""
 
 
 def parse() -> argparse.Namespace:
@@ -113,7 +116,7 @@ def _peft(model: Any, start: str, data: list[dict[str, Any]]) -> Any:
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=RANK,
-        target_modules="all-linear",
+        target_modules=PROJECTIONS,  # its gradient pass does not know "all-linear"
         init_lora_weights=True if start == "true" else start,  # type: ignore[arg-type]
         **settings,
     )
@@ -146,7 +149,8 @@ def measure(options: argparse.Namespace) -> None:
     chosen = known() if options.inits == "all" else options.inits.split(",")
     if unknown := set(chosen) - set(known()):
         sys.exit(f"unknown initialisers: {', '.join(sorted(unknown))}; there are {', '.join(known())}")
-    names = [*chosen, *(f"peft-{key}" for key in chosen if key in PEFT)]
+    theirs = {key for key in PEFT if key != "corda" or importlib.util.find_spec("attr")}
+    names = [*chosen, *(f"peft-{key}" for key in chosen if key in theirs)]
     common.note(f"{len(names)} variants: {', '.join(names)}")
     seconds = alternate(names, options)
     rows: dict[str, Any] = {}
