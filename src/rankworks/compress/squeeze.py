@@ -96,13 +96,14 @@ def squeeze(
         raise ConfigError(f"rank must be at least 1 (given: {rank}).")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is the share of the squared norm to keep, above 0 and at most 1 (given: {energy}).")
+    if svd not in ("exact", "randomised"):
+        raise ConfigError(f"svd is 'exact' or 'randomised', not {svd!r}.")
     adapter = state.adapter(name or (state.active or tuple(state.adapters_by_name))[0])
     squeezer = Squeezer(svd, oversample, iterations, "reset", seed)
     owners = {id(d): (key, d) for key, d in reversed(adapter.deltas.items()) if type(d) is adapter_class(adapter)}
     deltas = dict(reversed(owners.values()))
-    for key, delta in adapter.deltas.items():
-        if key in deltas:
-            refuse_unsqueezable(delta, key)
+    for key, delta in deltas.items():
+        refuse_unsqueezable(delta, key)
     before = sum(p.numel() for p in adapter.parameters())
     wanted = _ranks(deltas, rank, energy, common)
     sites = []
