@@ -7,7 +7,7 @@ import torch
 from test_svd import normal, product, with_spectrum
 from torch import Tensor
 
-from rankworks.linalg import orthonormal, randomised_svd, truncated_svd
+from rankworks.linalg import randomised_svd, truncated_svd
 from rankworks.linalg.gram import leading_triplets
 
 SHAPES = [(90, 70), (70, 90), (80, 80), (300, 40)]  # above and below the size where only some pairs are computed
@@ -106,22 +106,7 @@ def test_a_tall_matrix_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(a, b, rtol=0, atol=4 * EPS)
 
 
-# ---- orthonormal columns ----
-
-
-@pytest.mark.parametrize("condition", [1e0, 1e2, 1e3, 1e6])
-def test_columns_become_an_orthonormal_basis_of_their_span_at_every_condition(condition: float) -> None:
-    columns = with_spectrum(torch.logspace(0, -torch.tensor(condition).log10().item(), 8).double(), 90, 8).float()
-    q = orthonormal(columns)
-    torch.testing.assert_close(q.mT @ q, torch.eye(8), rtol=0, atol=1e-6)
-    torch.testing.assert_close(q @ (q.mT @ columns), columns, rtol=0, atol=1e-6)
-
-
-def test_dependent_columns_become_orthonormal_all_the_same() -> None:
-    for columns in (torch.zeros(90, 4), torch.ones(90, 4), normal(90, 2).float() @ normal(2, 4).float()):
-        q = orthonormal(columns)
-        torch.testing.assert_close(q.mT @ q, torch.eye(4), rtol=0, atol=90 * EPS)  # Householder's own bound, m eps
-        torch.testing.assert_close(q @ (q.mT @ columns), columns, rtol=0, atol=90 * EPS * float(columns.norm()))
+# ---- randomised ----
 
 
 def test_the_randomised_form_is_as_near_in_float32_as_in_float64() -> None:
@@ -131,3 +116,12 @@ def test_the_randomised_form_is_as_near_in_float32_as_in_float64() -> None:
     errors = [torch.linalg.matrix_norm(matrix.double() - product(*(t.double() for t in f))) for f in (single, double)]
     torch.testing.assert_close(errors[0], errors[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(single[0].mT @ single[0], torch.eye(8), rtol=0, atol=1e-6)
+
+
+def test_the_randomised_form_of_a_matrix_of_a_smaller_rank_is_orthonormal_and_exact() -> None:
+    matrix = (normal(90, 3) @ normal(3, 70, seed=1)).float()
+    for each in (matrix, matrix.mT):
+        u, s, vh = randomised_svd(each, 8, 4)
+        torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=90 * EPS)  # Householder's own bound, m eps
+        torch.testing.assert_close(vh @ vh.mT, torch.eye(8), rtol=0, atol=90 * EPS)
+        torch.testing.assert_close(product(u, s, vh), each, rtol=0, atol=90 * EPS * float(s[0]))

@@ -13,7 +13,6 @@ from torch import Tensor
 from rankworks.linalg.gram import leading_triplets
 
 SVD = tuple[Tensor, Tensor, Tensor]
-CONDITION = 1e4  # of columns that a Cholesky factor in float64 may make orthonormal: 1e4^2 eps64 < eps32
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,30 +56,14 @@ def randomised_svd(
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
-    basis = orthonormal(exact @ probe)  # (m, width)
+    basis = torch.linalg.qr(exact @ probe).Q  # (m, width)
     for _ in range(iterations):
-        basis = orthonormal(exact.mT @ basis)  # (n, width)
-        basis = orthonormal(exact @ basis)  # (m, width)
-    small_u, s, vh = truncated_svd(basis.mT @ exact, rank)  # of (width, n)
-    u, vh = fix_signs(basis @ small_u, vh)
-    return u, s, vh
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis (m, k) of the span of columns (m, k), m >= k.
-
-    Of float32 columns by a Cholesky factor in float64, C^T C = R^T R, Q = C R^-1: a few products, where Householder's
-    QR goes column by column. Its error grows with the square of the columns' condition number, so where that could
-    reach float32's precision, and for float64, it is Householder's QR.
-    """
-    if columns.dtype == torch.float32 and columns.device.type not in ("meta", "mps"):
-        exact = columns.double()
-        lower, info = torch.linalg.cholesky_ex(exact.mT @ exact)  # (k, k)
-        if not bool(info):
-            back = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)  # R^-T
-            if bool(lower.square().sum() * back.square().sum() < CONDITION**2):
-                return (exact @ back.mT).float()
-    return torch.linalg.qr(columns).Q
+        basis = torch.linalg.qr((basis.mT @ exact).mT).Q  # (n, width); this way round it reads the matrix in its order
+        basis = torch.linalg.qr(exact @ basis).Q  # (m, width)
+    right, left = torch.linalg.qr((basis.mT @ exact).mT)  # (n, width), (width, width): a small SVD in place of a wide
+    small_u, s, small_vh = torch.linalg.svd(left.mT)
+    u, vh = fix_signs((basis @ small_u)[:, :rank], (small_vh @ right.mT)[:rank])
+    return u, s[:rank], vh
 
 
 def svd_of_product(B: Tensor, A: Tensor, rank: int | None = None) -> SVD:
