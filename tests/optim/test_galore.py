@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.core.projection import leading_basis, projected_shape
 from rankworks.optim.galore import ProjectedAdamW
+from rankworks.plan.source import open_source
+from rankworks.plan.states import optimizer_bytes
 
 DEFAULTS: dict[str, Any] = {
     "rank": 2,
@@ -160,3 +162,19 @@ def test_it_takes_the_released_packages_steps(shape: Any, side: str) -> None:
         step(ours, optimizer, gradient)
         step(theirs, reference, gradient)
     torch.testing.assert_close(ours.detach(), theirs.detach(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "told"),
+    [
+        ("llama-60m", 128, 163_743_744),
+        ("llama-130m", 256, 342_961_152),
+        ("llama-350m", 256, 652_808_192),
+        ("llama-1b", 512, 2_084_921_344),
+        ("llama-7b", 1024, 9_404_694_528),
+    ],
+)
+def test_the_state_of_the_papers_models_in_16_bits(shape: str, rank: int, told: int) -> None:
+    """All weights trained, on the meta device: 2 r L + r S numbers of a linear layer, two of any other number."""
+    model = open_source(shape, "bfloat16").model.requires_grad_(True)
+    assert optimizer_bytes({"optimizer": "galore", "rank": rank}, model) == told

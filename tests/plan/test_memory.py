@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
-from rankworks.plan import format_bytes, optimizer_bytes, parse_bytes, state_formula
+from rankworks.plan import format_bytes, optimizer_bytes, parse_bytes
 from rankworks.plan.make import largest_batch
 from rankworks.plan.shapes import get_shape
 from rankworks.plan.source import BUILDERS, open_source
@@ -95,21 +95,20 @@ def test_what_adam_really_keeps_is_what_the_formula_says() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for name, optimizer in (
         ("adamw", torch.optim.AdamW(trained)),
-        ("momentum", torch.optim.SGD(trained, lr=0.1, momentum=0.9)),
+        ({"optimizer": "sgd", "momentum": 0.9}, torch.optim.SGD(trained, lr=0.1, momentum=0.9)),
         ("sgd", torch.optim.SGD(trained, lr=0.1)),
     ):
         for parameter in trained:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         kept = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
-        assert sum(t.nbytes for t in kept) == optimizer_bytes(name, trained)
+        assert sum(t.nbytes for t in kept) == optimizer_bytes(name, model)
 
 
 def test_eight_bit_states_and_formulas_of_others() -> None:
-    tensors = [torch.empty(64, 128, device="meta"), torch.empty(100, device="meta")]
-    assert optimizer_bytes("adamw8bit", tensors) == 2 * 8192 + 8 * 32 + 8 * 100
-    state_formula("test-counter")(lambda tensor: tensor.shape[0])
-    assert optimizer_bytes("test-counter", tensors) == 164
+    layer = torch.nn.Linear(128, 64, device="meta")
+    assert optimizer_bytes("adamw8bit", layer) == 2 * 8192 + 8 * 32 + 8 * 64
+    assert optimizer_bytes({"optimizer": "sgd", "momentum": 0.9}, layer) == 4 * (8192 + 64)
     with pytest.raises(ConfigError, match=r"adamv.*adamw"):
         rw.plan("gpt2", optimizer="adamv")
 

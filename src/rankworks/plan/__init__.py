@@ -5,7 +5,7 @@ from rankworks.plan.compared import compare, rank_for_budget
 from rankworks.plan.make import plan
 from rankworks.plan.result import Comparison, Fit, Plan
 from rankworks.plan.shapes import shape_names
-from rankworks.plan.states import optimizer_bytes, state_formula
+from rankworks.plan.states import optimizer_bytes
 from rankworks.plan.units import format_bytes, parse_bytes
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "plan",
     "rank_for_budget",
     "shape_names",
-    "state_formula",
 ]
 
 make_callable(__name__, plan)

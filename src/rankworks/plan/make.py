@@ -20,7 +20,7 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.plan.result import Fit, Plan
 from rankworks.plan.source import Source, open_source
-from rankworks.plan.states import optimizer_bytes
+from rankworks.plan.states import EIGHT_BIT, Optimizer, optimizer_bytes, read_optimizer
 from rankworks.plan.trace import Trace, step_inputs, trace_step
 from rankworks.plan.units import parse_bytes
 
@@ -33,7 +33,7 @@ class Step:
 
     def __init__(
         self,
-        optimizer: str,
+        optimizer: Optimizer,
         batch_size: int,
         sequence: int,
         checkpointing: bool,
@@ -41,14 +41,16 @@ class Step:
         attention: str = "fused",
         example: Any = None,
     ):
-        optimizer_bytes(optimizer, [])  # an unknown name is reported before any work
+        spec = read_optimizer(optimizer)  # an unknown name is reported before any work
+        self.states = optimizer
         if batch_size < 1 or sequence < 1:
             raise ConfigError(f"batch_size and sequence must be at least 1 (given: {batch_size} and {sequence}).")
         if loss not in ("chunked", "full"):
             raise ConfigError(f"loss is 'chunked' (as rankworks trains) or 'full' (all logits), not {loss!r}.")
         if attention not in ("fused", "plain"):
             raise ConfigError(f"attention is 'fused' or 'plain' (the scores are kept), not {attention!r}.")
-        self.optimizer, self.batch_size, self.sequence = optimizer, batch_size, sequence
+        self.optimizer = optimizer if isinstance(optimizer, str) else spec.key if spec is not None else EIGHT_BIT
+        self.batch_size, self.sequence = batch_size, sequence
         self.checkpointing, self.loss, self.fused, self.example = checkpointing, loss, attention == "fused", example
 
 
@@ -56,7 +58,7 @@ def plan(
     model: ModelLike,
     delta: str | MethodSpec | Mapping[str, Any] | AdaptSpec = "lora",
     *,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     batch_size: int = 1,
     sequence: int = 512,
     dtype: str | None = None,
@@ -112,7 +114,7 @@ def _measure(source: Source, spec: AdaptSpec, step: Step, memory: int | None) ->
     stored = _sum(adapter.tensors().values())
     held = [t for d in adapter.deltas.values() for t in [*d.parameters(), *d.buffers()]]
     held += [t for m in [*adapter.full.values(), *state.banks.values()] for t in [*m.parameters(), *m.buffers()]]
-    gradients, states = _sum(trained), optimizer_bytes(step.optimizer, trained)
+    gradients, states = _sum(trained), optimizer_bytes(step.states, model)
     fixed = source.weight_bytes + source.unpacked_bytes + _sum(held) + states
     notes: list[str] = []
     trace = _trace(model, step, step.batch_size, notes)
