@@ -33,7 +33,7 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="Base weights: float32, bfloat16, int8, nf4.", show_default="bfloat16")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, sgd, ...")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, sgd, galore, ...")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
     every: Annotated[bool, typer.Option("--all", help="All methods side by side.")] = False,
     budget: Annotated[
