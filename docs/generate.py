@@ -53,6 +53,8 @@ def use(method: Any) -> str:
         needs = method.cls.needs_at(method.Spec(), settings, Shape(64, 64))
         given = ", evidence=evidence" if needs else ""
         return f'rw.adapt(model, "{delta}", init="{method.key}"{given})'
+    if getattr(method.cls, "searches", False):  # a run on data finds what to adapt
+        return f'rw.train.run("run.yaml", ["adapt.select={method.key}"])'
     return f'rw.adapt(model, "lora", {method.tag}="{method.key}")'
 
 
