@@ -302,6 +302,8 @@ def test_other_ranks_per_site_train_and_export(case: str, tmp_path: Path) -> Non
         )
         optimizer.step()
     y = model.eval()(ids).logits.detach()
+    if "dora" not in case:
+        assert rw.export(model, tmp_path / "lora.gguf", kind="gguf").verified < 1e-6
     for kind in ("peft", "lora") if "dora" not in case else ("peft",):
         rw.export(model, tmp_path / kind, kind=kind)
         reader = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / kind)).eval()
@@ -382,6 +384,23 @@ def test_compacting_leaves_real_ranks_and_the_output(settings: dict[str, Any]) -
     before = rw.trainable_parameters(model)
     assert compact(model) == kept
     assert rw.trainable_parameters(model) == before
+
+
+def test_siblings_that_read_one_input_see_a_rank_that_is_cut_between_them() -> None:
+    """What the first of q, k and v made of the input for all three is not used once the factors are others."""
+    model = shaken(rw.adapt(tiny_llama(), "gated", rank=4, targets=["q_proj", "k_proj"]))
+    attention: Any = model.get_submodule("model.layers.0.self_attn")
+    key = "model.layers.0.self_attn.k_proj"
+    x = torch.randn(2, 5, 32)
+    attention.q_proj(x)
+    keep_ranks(rw.get_delta(model, key), torch.tensor([1, 2]))
+    got = attention.k_proj(x)
+    torch.testing.assert_close(got, attention.k_proj(x.clone()))
+    attention.q_proj(x)
+    with torch.no_grad():
+        pair_of(rw.get_delta(model, key)).A.mul_(2)
+    got = attention.k_proj(x)
+    torch.testing.assert_close(got, attention.k_proj(x.clone()))
 
 
 def test_compacting_a_merged_model_is_refused() -> None:

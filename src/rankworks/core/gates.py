@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
@@ -14,12 +12,6 @@ from rankworks.core.surgery import gated_of
 
 STD = 0.02
 """Standard deviation of the factors of a change that starts as U diag(0) V."""
-
-
-def gates_of(deltas: Mapping[str, Delta] | Iterable[Delta]) -> list[Tensor]:
-    """Return the trained gates (k,) of every delta, in order."""
-    each = deltas.values() if isinstance(deltas, Mapping) else deltas
-    return [gated_of(delta).gate for delta in each]
 
 
 def free(delta: Delta) -> bool:
