@@ -83,7 +83,7 @@ def share_out(worths: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     """Return how many of the `budget` largest numbers each name holds, equal ones in the order of the names."""
     order = sorted(worths)
     names = [name for name in order for _ in range(len(worths[name]))]
-    pooled = torch.cat([worths[name].detach().double().cpu() for name in order])
+    pooled = torch.cat([worths[name].detach().cpu().double() for name in order])
     ranks = dict.fromkeys(worths, 0)
     for place in pooled.argsort(descending=True, stable=True)[:budget].tolist():
         ranks[names[place]] += 1
