@@ -163,3 +163,12 @@ def test_it_learns_from_a_measured_gradient() -> None:
         delta: Any = site
         u = torch.linalg.svd(evidence[name]["gradient"].sign().double()).U[:, :2]
         assert torch.linalg.svdvals(u.T @ delta.B.double()).min() > 0.9
+
+
+def test_the_weight_is_not_decomposed_for_bases_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, weight: Tensor) -> None:
+        raise AssertionError("an SVD for nothing")
+
+    wanted = change_of(started())
+    monkeypatch.setattr(rw.LoRAXS.method.cls, "bases_of", refuse)
+    close(change_of(started()), wanted)

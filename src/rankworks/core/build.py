@@ -283,6 +283,7 @@ def _make_deltas(
         weight = site.weight
         known = evidence.get(site.name)
         delta = settings.method.cls(settings, site.shape, draw, banks[_identity(settings)][0], site.kind, known)
+        delta.given = start and spec.init.key != "default"
         delta.setup(weight)
         if start:
             delta.reset(weight, initialiser)

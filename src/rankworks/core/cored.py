@@ -10,7 +10,7 @@ change starts from where that start is taken out of the base weight, and absent 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Cored(Projected):
     alpha: float = Positive(16.0, "numerator of the scale alpha/rank")
     dropout: float = Probability(0.0, "probability of dropping an input in training")
 
+    decomposes: ClassVar[bool] = True  # `bases_of` takes time, so it is not asked where other bases will be given
+
     A: Tensor
     B: Tensor
     R: nn.Parameter
@@ -47,7 +49,12 @@ class Cored(Projected):
 
     def setup(self, weight: Tensor) -> None:
         """Take the bases; R is zero."""
-        self.B, self.A = (self.frozen(_own(t.to(self.draw.dtype))) for t in self.bases_of(weight))
+        if self.given and self.decomposes:
+            shapes = (self.shape.out, self.rank), (self.rank, self.shape.in_)
+            bases = tuple(torch.empty(s, dtype=self.draw.dtype, device=self.draw.device) for s in shapes)
+        else:
+            bases = self.bases_of(weight)
+        self.B, self.A = (self.frozen(_own(t.to(self.draw.dtype))) for t in bases)
         self.R = self.trainable(self.rank, self.rank)
         self.register_buffer("R0", None)
 
@@ -59,7 +66,7 @@ class Cored(Projected):
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         start = begin(init, Place(exact, self.rank, self.scale, self.draw, self.kind, 3, self.evidence))
         A, B = (_own(t.to(self.A.dtype)) for t in (start.A, start.B))
-        if not _same(A, self.A) or not _same(B, self.B):  # else they are rebuilt, and need no file
+        if self.decomposes or not _same(A, self.A) or not _same(B, self.B):  # else they are rebuilt, and need no file
             self.A, self.B = self.stored(A), self.stored(B)
         assert start.core is not None
         self.R.copy_(start.core)

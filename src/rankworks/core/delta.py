@@ -91,6 +91,8 @@ class Delta(HasSettings, nn.Module):
     weightless: ClassVar[bool] = False  # stands beside a block (core/block.py) and changes no weight: no dense()
     grouped: ClassVar[bool] = True  # takes grouped convolutions, as a change of the kernel (out, in/groups * kernel)
 
+    given: bool = False  # `reset` will fill the factors from another initialiser than the default one
+
     spec: Any  # a `Spec` of the class; its settings are attributes of the delta too
     shape: Shape
     kind: str
@@ -328,6 +330,7 @@ class Delta(HasSettings, nn.Module):
                 f"False in the inner {spec.key}."
             )
         inner = cls(spec, self.shape, self.draw, self.shared, self.kind, self.evidence)
+        inner.given = self.given
         inner.setup(weight)
         return inner
 

@@ -12,7 +12,7 @@ Source: arXiv:2502.14482, section 3.3 (there N for R), and its released code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ from rankworks.core.site import Shape
 @delta("inttune", title="IntTune", year=2025, paper="arXiv:2502.14482")
 class IntTune(Cored):
     """The core between the weight's own first columns and rows."""
+
+    decomposes: ClassVar[bool] = False
 
     def bases_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """W[:, :r] (out, r) and W[:r] (r, in)."""
