@@ -291,3 +291,31 @@ def test_the_seed_of_a_run_decides_what_is_measured() -> None:
     parts = [(name, part) for name in one for part in one[name]]
     assert all(torch.equal(one[n][p], again[n][p]) for n, p in parts)
     assert not all(torch.equal(one[n][p], other[n][p]) for n, p in parts)
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_a_recipe_starts_from_what_its_layers_read(init: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankworks.train import api
+
+    model = tiny_llama()
+    monkeypatch.setattr(api, "load_model", lambda *a, **k: (model, byte_tokenizer()))
+    rows = [
+        f'{{"text": "{"good" if i % 2 else "bad"} {i}", "label": "{"pos" if i % 2 else "neg"}"}}' for i in range(16)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    config = {
+        "model": {"name": "any"},
+        "data": {"path": str(tmp_path / "data.jsonl"), "max_length": 64},
+        "adapt": {"delta": "lora", "rank": 4, "init": init},
+        "calibrate": {"batches": 2},
+        "train": {"steps": 4, "batch_size": 4},
+        "optim": {"lr": 1e-2},
+        "evaluate": {"limit": 4},
+        "output": str(tmp_path / "run"),
+    }
+    result = api.run(config, progress=False)
+    assert result.steps == 4
+    assert result.losses[-1] < result.losses[0]
+    ranks = [row.rank for row in rw.summary(model).rows]
+    assert sum(r or 0 for r in ranks) == 4 * len(ranks)
+    assert (len(set(ranks)) > 1) == (init == "eva")

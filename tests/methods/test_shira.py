@@ -197,7 +197,7 @@ def test_snip_with_gradients_of_one_magnitude_is_wm() -> None:
 
 
 def test_grad_without_a_measurement_is_refused_with_the_remedy() -> None:
-    with pytest.raises(TargetError, match=r"shira starts from the gradient .*rankworks\.calibrate"):
+    with pytest.raises(TargetError, match=r"SHiRA starts from the gradient .*rankworks\.calibrate"):
         adapted(linear(), "shira", density=0.3, mask="grad")
 
 
