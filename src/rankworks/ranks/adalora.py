@@ -186,7 +186,7 @@ class Budget(Hook):
     def _mask(self, keep: int) -> Tensor:
         """Return which ranks survive, (all ranks,): the `keep` highest scores, of equal ones the first."""
         scores = self.scores()
-        flat = torch.cat([score.to(scores[0].device, torch.float64) for score in scores])
+        flat = torch.cat([score.to(scores[0].device) for score in scores])
         mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
         mask[flat.argsort(descending=True, stable=True)[:keep]] = True
         return mask

@@ -123,7 +123,7 @@ class Growth(Hook):
         self.add = schedule.add or max(1, int(schedule.target) // 2)
         self.top = min(schedule.top or max(1, round(len(deltas) / 8)), len(deltas))
         self.seen: dict[str, Tensor] = {}
-        self.mean, self.spread = torch.zeros(len(deltas)), torch.zeros(len(deltas))
+        self.mean, self.spread = (torch.zeros(len(deltas), dtype=torch.float64) for _ in range(2))
         self.fresh: list[dict[str, Any]] = []  # ranks with a learning rate of their own
         self.begun, self.pace, self.batches = False, Pace(), 0
         self.warmup = self.interval = 1
@@ -225,7 +225,7 @@ class Growth(Hook):
     def _note(self, key: str, G: Tensor) -> None:
         """Add sum |dW G| of one backward pass through a site."""
         B, A = self.gated[key].factors()
-        size = (B @ A).mul_(G).abs_().sum(dtype=torch.float64)
+        size = (B @ A).mul_(G).abs_().sum()
         self.seen[key] = self.seen.get(key, 0.0) + size
 
     def _score(self) -> None:
@@ -239,8 +239,7 @@ class Growth(Hook):
                 now, count = self.seen.get(key, torch.zeros(())), math.prod(gated.shape[:2])
                 now = now / {"sqrt": math.sqrt(count), "mean": count, "none": 1}[self.schedule.normaliser]
             found.append(now.to(gate.device))
-        now = torch.stack([n.to(found[0].device, torch.float64) for n in found])
-        self.mean, self.spread = self.mean.to(now), self.spread.to(now)
+        now = torch.stack([n.to(found[0].device) for n in found]).cpu().double()  # a number per site
         self.mean.lerp_(now, 1 - self.schedule.beta1)
         self.spread.lerp_((now - self.mean).abs(), 1 - self.schedule.beta2)
         self.seen = {}
