@@ -13,7 +13,8 @@ from rankworks.compress.squeeze import squeeze
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
 from rankworks.core.merge import is_merged, merge, unmerge
-from rankworks.core.nested import set_rank
+from rankworks.core.ranks.nested import set_rank
+from rankworks.core.ranks.surgery import compact
 from rankworks.core.registry import delta, init, methods
 from rankworks.core.sparse import interference, sparse_entries
 from rankworks.core.spec import AdaptSpec
@@ -22,6 +23,7 @@ from rankworks.core.summary import delta_weights, get_delta, summary, trainable_
 from rankworks.core.switch import switch
 from rankworks.core.version import __version__ as __version__
 from rankworks.optim import make_optimizer
+from rankworks.select.layra import model_arithmetic
 
 if TYPE_CHECKING:
     from rankworks.calibrate.api import calibrate
@@ -45,6 +47,7 @@ __all__ = [
     "adapt",
     "adapters",
     "calibrate",
+    "compact",
     "delta",
     "delta_weights",
     "detach",
@@ -59,6 +62,7 @@ __all__ = [
     "make_optimizer",
     "merge",
     "methods",
+    "model_arithmetic",
     "plan",
     "quantise",
     "save",

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.ranks import RankSchedule
-from rankworks.core.surgery import keep_ranks, pair_of
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import keep_ranks, pair_of
 
 
 class Cut(Hook):

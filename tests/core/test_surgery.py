@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.core.errors import ExportError, MergeError, TrainingError
 from rankworks.core.lowrank import alpha_of, scale_of
-from rankworks.core.state import state_of
-from rankworks.core.surgery import (
+from rankworks.core.ranks.surgery import (
     compact,
     gated_of,
     grow_ranks,
@@ -24,6 +23,7 @@ from rankworks.core.surgery import (
     replace_ranks,
     site_settings,
 )
+from rankworks.core.state import state_of
 from rankworks.train.optim import make_optimizer
 from tiny import tiny_convnet, tiny_gpt2, tiny_llama, tiny_mlp, token_batch
 

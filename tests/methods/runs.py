@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.surgery import site_settings
+from rankworks.core.ranks.surgery import site_settings
 from rankworks.train.checkpoint import trained_tensors
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.loop import Loop

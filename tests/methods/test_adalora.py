@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TargetError
 from rankworks.core.hooks import Hook, Moment, method_hooks
-from rankworks.core.orthogonal import departure
+from rankworks.core.ranks.orthogonal import departure
+from rankworks.core.ranks.surgery import compact, gated_of, pair_of
 from rankworks.core.site import Shape
 from rankworks.core.state import state_of
-from rankworks.core.surgery import compact, gated_of, pair_of
 from rankworks.ranks.adalora import Budget, budget_at
 from tiny import tiny_llama, token_batch
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import rankworks as rw
 from rankworks.core.errors import ConfigError, MergeError, TargetError
 from rankworks.core.hooks import Moment, method_hooks
+from rankworks.core.ranks.surgery import gated_of, pair_of
 from rankworks.core.state import state_of
-from rankworks.core.surgery import gated_of, pair_of
 from rankworks.linalg.threshold import released_threshold, soft_threshold
 from rankworks.ranks.cody_ra import CoDyRA, Sparsify, history, next_task
 from rankworks.train.config import OptimConfig, TrainConfig

@@ -28,9 +28,9 @@ import rankworks as rw
 from rankworks.core.errors import ConfigError, MergeError, TargetError
 from rankworks.core.hooks import Moment, method_hooks
 from rankworks.core.lowrank import Nested
+from rankworks.core.ranks.surgery import pair_of
 from rankworks.core.store import adapter_state
 from rankworks.core.summary import trained
-from rankworks.core.surgery import pair_of
 from rankworks.linalg import truncated_svd
 from rankworks.ranks.dylora import NestedDropout
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TargetError
+from rankworks.core.ranks.surgery import site_settings
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
-from rankworks.core.surgery import site_settings
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.loop import Loop
 from tiny import tiny_llama, tiny_moe, token_batch

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TargetError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks
-from rankworks.core.orthogonal import departure
+from rankworks.core.ranks.orthogonal import departure
+from rankworks.core.ranks.surgery import gated_of, pair_of
 from rankworks.core.rates import learning_rate_factor
 from rankworks.core.state import state_of
-from rankworks.core.surgery import gated_of, pair_of
 from rankworks.ranks.increlora import HELD, Growth
 from rankworks.train.optim import make_optimizer
 

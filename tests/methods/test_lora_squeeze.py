@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, MergeError
-from rankworks.core.squeeze import Squeezer, rank_for
+from rankworks.core.ranks.squeeze import Squeezer, rank_for
+from rankworks.core.ranks.surgery import keep_ranks
 from rankworks.core.store import adapter_state
 from rankworks.core.summary import trained
-from rankworks.core.surgery import keep_ranks
 from rankworks.linalg import svd_of_product
 from rankworks.linalg.squeeze import norm_of_product, randomised_svd_of_product, singular_values_of_product
 from tiny import tiny_llama

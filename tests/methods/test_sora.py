@@ -14,8 +14,8 @@ from torch import Tensor
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TargetError
 from rankworks.core.hooks import Moment, method_hooks
+from rankworks.core.ranks.surgery import compact, gated_of, pair_of
 from rankworks.core.state import state_of
-from rankworks.core.surgery import compact, gated_of, pair_of
 from rankworks.linalg.threshold import released_threshold, shrink_, soft_threshold
 from rankworks.ranks.sora import Proximal, spaced
 

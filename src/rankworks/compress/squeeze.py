@@ -5,7 +5,7 @@
 
 The energy of rank k is V(k) = sum_{i<=k} s_i^2 / sum s_i^2 of the change's singular values: a helper of third-party
 tools, not the paper's. `common=True` gives all sites one rank, the smallest whose V(k), averaged over them, is enough.
-How a change is squeezed stands in core/squeeze.py; the staged form, while training, is ranks="lora-squeeze".
+How a change is squeezed stands in core/ranks/squeeze.py; the staged form, while training, is ranks="lora-squeeze".
 Source: arXiv:2602.10993.
 """
 
@@ -23,9 +23,9 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
 from rankworks.core.merge import refuse_merged
 from rankworks.core.progress import track
-from rankworks.core.squeeze import Squeezer, change_of, rank_for, refuse_unsqueezable, shares
+from rankworks.core.ranks.squeeze import Squeezer, change_of, rank_for, refuse_unsqueezable, shares
+from rankworks.core.ranks.surgery import pair_of
 from rankworks.core.state import state_of
-from rankworks.core.surgery import pair_of
 from rankworks.linalg.squeeze import singular_values_of_product
 
 

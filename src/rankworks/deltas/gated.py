@@ -6,7 +6,7 @@ Rank schedules act through it (`ranks="adalora"`, ...), which also set where g s
 takes its rank out of the change. Around a trained pair (LoRA) the ranks themselves can then be removed; with a start
 taken out of the base (PiSSA) the gate acts on the trained product alone, W + s (B diag(g) A - B0 A0).
 With G = dL/dW': dL/dg = diag(B^T G A^T), which is zero where the start of B or A is.
-A schedule may hold the last gates constant (`trained_gates`) and ask to see G (`watch`, core/watch.py).
+A schedule may hold the last gates constant (`trained_gates`) and ask to see G (`watch`, core/ranks/watch.py).
 Source: the middle factor of arXiv:2303.10512 (equation 3) and the gate of arXiv:2311.11696 (section 3.2).
 """
 
@@ -21,9 +21,9 @@ from rankworks.core.delta import Delta, Factors
 from rankworks.core.fields import Setting
 from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.lowrank import Factored
+from rankworks.core.ranks.watch import Note, watched
 from rankworks.core.registry import DeltaSpec, delta
 from rankworks.core.site import Shape
-from rankworks.core.watch import Note, watched
 from rankworks.core.wrapper import Wrapper
 
 

@@ -2,7 +2,7 @@
 
     W' = W + s B diag(g) A        A (r, in), B (out, r), g (r,) trained;  s = alpha/r of the start, constant
 
-Every rank has a score S_i = s(g_i) + mean_j s(B_ji) + mean_j s(A_ij), s(w) = I'(w) U'(w) (core/sensitivity.py). After a
+Every rank has a score S_i = s(g_i) + mean_j s(B_ji) + mean_j s(A_ij), s(w) = I'(w) U'(w) (core/ranks/). After a
 step the gates of all but the b(t) highest of the whole model are set to zero; they still get a gradient and may come
 back at the next masking. With n ranks at the start, m at the end and the steps counted from 1,
 
@@ -10,7 +10,7 @@ back at the next masking. With n ranks at the start, m at the end and the steps 
     b(t) = floor(m + (n - m) (1 - (t - warmup)/(steps - final - warmup))^3)  every `interval` steps
     b(t) = m                                                                 t >= steps - final: a mask that stays
 
-Added to the loss is `orthogonal` times what the factors lack of orthonormality (core/orthogonal.py). The start is g = 0
+Added to the loss is `orthogonal` times what the factors lack of orthonormality (core/ranks/). The start is g = 0
 and A, B ~ N(0, 0.02^2); an initialiser that gives a factor keeps it, and one that takes its start out of the base
 keeps both with g = 1, as do factors that are not a trained pair (vera, lora-xs): their gates alone are scored.
 
@@ -36,14 +36,14 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Evidence
 from rankworks.core.fields import NonNegative, Setting
-from rankworks.core.gates import start_as_svd, steps_of
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.orthogonal import Form, departure
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.gates import start_as_svd, steps_of
+from rankworks.core.ranks.orthogonal import Form, departure
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.sensitivity import Smoothed, per_rank, slopes
+from rankworks.core.ranks.surgery import cut_closed, gated_of, ranked
 from rankworks.core.registry import MethodSpec, rank
-from rankworks.core.sensitivity import Smoothed, per_rank, slopes
 from rankworks.core.site import Site
-from rankworks.core.surgery import cut_closed, gated_of, ranked
 
 
 @rank("adalora", title="AdaLoRA", year=2023, paper="arXiv:2303.10512")

@@ -33,16 +33,16 @@ from rankworks.core.delta import Delta, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError
 from rankworks.core.fields import NonNegative, Probability, Setting
-from rankworks.core.gates import start_at_random
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.lowrank import LowRank
 from rankworks.core.merge import original, refuse_merged
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.gates import start_at_random
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import cut_closed, gated_of, pair_of, replace_ranks, settle
 from rankworks.core.registry import MethodSpec, build, rank
 from rankworks.core.site import Shape, Site
 from rankworks.core.start import Place
 from rankworks.core.state import Adapter, state_of
-from rankworks.core.surgery import cut_closed, gated_of, pair_of, replace_ranks, settle
 from rankworks.linalg.threshold import shrink_
 
 

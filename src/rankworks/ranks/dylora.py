@@ -30,10 +30,10 @@ from rankworks.core.draw import Draw
 from rankworks.core.fields import Setting
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.lowrank import Nested
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import pair_of, ranked
 from rankworks.core.registry import MethodSpec, rank
 from rankworks.core.site import Shape
-from rankworks.core.surgery import pair_of, ranked
 
 
 @rank("dylora", title="DyLoRA", year=2022, paper="arXiv:2210.07558")

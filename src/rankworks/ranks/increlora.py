@@ -6,7 +6,7 @@ Every weight has one score. With dW its change and G = dL/dW', I = sum |dW G| / 
 I' <- b1 I' + (1 - b1) I, U' <- b2 U' + (1 - b2) |I - I'|, the score is I' U'. After `warmup` steps, every `interval`
 steps, the `top` sites by score get `add` ranks each, until there are `target` per site on average; growth is clipped to
 that budget, where the released code can step over it and then never ends. G is formed at one site at a time on the way
-of the backward pass (core/watch.py), a product as large as the layer's own, of the first micro-batch, in the last
+of the backward pass (core/ranks/watch.py), a product as large as the layer's own, of the first micro-batch, in the last
 `window` steps before a round: 0.85^40 is 0.0015 of an average's weight. `score="gates"`, sum |g dL/dg|, costs nothing.
 
 Advance learning: behind its active ranks every site has `add` more, whose gates are held at 1e-5 while A and B already
@@ -18,7 +18,7 @@ The multiplier alpha/k follows k, as in the released code: a site that grows has
 k/(k + add). `rescale=False` keeps the multiplier it starts with. New ranks have a learning rate of their own
 (`rate="restart"`): it rises over `rise` of the steps left and falls linearly to the run's end, for the gates that were
 held until now and for the A and B that are new. The tensors of a site are one parameter each, whatever the rank, so
-this is a factor per rank (core/pace.py) and not a parameter group per round: groups and names never change.
+this is a factor per rank (core/ranks/pace.py) and not a parameter group per round: groups and names never change.
 
 Choices. sqrt(numel) is what the released code divides by; the paper's symbol is not legible, and "mean" takes away the
 bonus large matrices have. The penalty for factors that are not orthonormal is taken over all ranks of a site (the
@@ -43,16 +43,16 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Evidence
 from rankworks.core.fields import NonNegative, Setting
-from rankworks.core.gates import STD, start_as_svd, steps_of
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.lowrank import scale_of
-from rankworks.core.orthogonal import Form, departure
-from rankworks.core.pace import Pace
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.gates import STD, start_as_svd, steps_of
+from rankworks.core.ranks.orthogonal import Form, departure
+from rankworks.core.ranks.pace import Pace
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import gated_of, grow_ranks, keep_ranks, pair_of, refuse_several_processes, settle
 from rankworks.core.rates import learning_rate_factor
 from rankworks.core.registry import MethodSpec, rank
 from rankworks.core.site import Site
-from rankworks.core.surgery import gated_of, grow_ranks, keep_ranks, pair_of, refuse_several_processes, settle
 
 HELD = 1e-5
 """The gate of a rank in reserve."""

@@ -25,7 +25,7 @@ from rankworks.core.evidence import Evidence
 from rankworks.core.fields import Setting
 from rankworks.core.lowrank import alpha_of, scale_of
 from rankworks.core.progress import track
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.registry import MethodSpec, rank
 from rankworks.core.site import Shape, Site
 from rankworks.linalg.energy import leading_energy

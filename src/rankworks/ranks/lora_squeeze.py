@@ -10,7 +10,7 @@ of the run, and with `through=[]` this is Post-Squeeze (`rw.squeeze` does the sa
 
 The paper says nothing of alpha and of the optimizer. alpha follows the rank, since only a constant s leaves the
 function continuous at a boundary; moments are those of coordinates that are gone, so they are reset, or carried over
-with `moments="rotate"` (core/squeeze.py); the learning-rate schedule runs on. A start taken out of the base is a part
+with `moments="rotate"` (core/ranks/); the learning-rate schedule runs on. A start taken out of the base is a part
 of the change and gone after the first squeeze, whose moments are reset.
 Source: arXiv:2602.10993; stage weightings are those of an independent implementation.
 """
@@ -25,11 +25,11 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
 from rankworks.core.fields import Setting
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.squeeze import Squeezer
+from rankworks.core.ranks.surgery import pair_of, refuse_several_processes
 from rankworks.core.registry import MethodSpec, rank
 from rankworks.core.site import Shape
-from rankworks.core.squeeze import Squeezer
-from rankworks.core.surgery import pair_of, refuse_several_processes
 
 FLOOR = 200  # steps of the paper's shortest stage
 WEIGHTS = {"equal": 0.0, "rank": 1.0, "sqrt": 0.5, "inverse": -1.0, "inverse-sqrt": -0.5}

@@ -39,10 +39,10 @@ from rankworks.core.draw import Draw
 from rankworks.core.fields import NonNegative, Setting
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.lowrank import Nested
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import keep_ranks, pair_of
 from rankworks.core.registry import MethodSpec, rank
 from rankworks.core.site import Shape
-from rankworks.core.surgery import keep_ranks, pair_of
 
 TINY = 1e-24  # the smallest sum of squares a norm is taken of
 

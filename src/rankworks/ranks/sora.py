@@ -16,7 +16,7 @@ Choices. The threshold is the operator the paper writes; the released code's is 
 not (`times_rate=False`), and adds an L1 term to the loss: `l1` times the mean of |g|, off by default, since the
 proximal step is that term. Without a number `strength` is the released code's 1e-3 without the rate, and 1 with it: at
 the released rate of 8e-4 its 3e-4 to 7e-4 without the rate are 0.4 to 0.9 with it. The gates' learning rate is
-`gate_rate` times the run's, without a parameter group of their own (core/pace.py). The released code goes through its
+`gate_rate` times the run's, without a parameter group of their own (core/ranks/). The released code goes through its
 strengths with the learning rate it ended with; here every stage has the schedule `restart` ("constant" leaves the
 run's own schedule alone).
 Source: arXiv:2311.11696, sections 3.2 and 3.3, algorithm 1, and its released code.
@@ -35,15 +35,15 @@ from torch import Tensor
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
 from rankworks.core.fields import NonNegative, Positive, Setting
-from rankworks.core.gates import start_at_random
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.pace import Pace
-from rankworks.core.ranks import RankSchedule
+from rankworks.core.ranks.gates import start_at_random
+from rankworks.core.ranks.pace import Pace
+from rankworks.core.ranks.schedule import RankSchedule
+from rankworks.core.ranks.surgery import cut_closed, gated_of
 from rankworks.core.rates import learning_rate_factor
 from rankworks.core.registry import rank
 from rankworks.core.state import state_of
 from rankworks.core.store import save
-from rankworks.core.surgery import cut_closed, gated_of
 from rankworks.linalg.threshold import shrink_
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks
-from rankworks.core.surgery import adopt_settings, rebind, site_settings
+from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.batches import Batch, Collator, Example, Sampler
 from rankworks.train.checkpoint import (
     Checkpoints,

@@ -14,9 +14,9 @@ from rankworks.conformance.errors import ConformanceError, NotApplicable
 from rankworks.conformance.run import check
 from rankworks.core.hooks import Hook, Moment, method_hooks
 from rankworks.core.merge import merge, unmerge
+from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
 from rankworks.core.registry import Method
 from rankworks.core.store import adapter_state, load, load_adapter_state, save
-from rankworks.core.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.hooks import add_penalties
 from rankworks.train.optim import make_optimizer
 

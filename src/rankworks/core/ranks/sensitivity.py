@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankworks.core.surgery import AXES
+from rankworks.core.ranks.surgery import AXES
 
 
 def per_rank(tensor: Tensor, name: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
-from rankworks.core.surgery import gated_of
+from rankworks.core.ranks.surgery import gated_of
 
 STD = 0.02
 """Standard deviation of the factors of a change that starts as U diag(0) V."""

@@ -7,7 +7,7 @@ A subclass is registered with `@rank` and writes what it needs of
     hook        what happens during training (core/hooks.py); its state must make a resumed run go on bit for bit
 
 With `gates = True` every change gets a trained gate per rank, B diag(g) A, before it is prepared: the delta is wrapped
-in `gated` (inside DoRA, where there is one). `core/surgery.py` removes, adds and replaces ranks, the optimizer's
+in `gated` (inside DoRA, where there is one). `core/ranks/surgery.py` removes, adds and replaces ranks, the optimizer's
 moments with them.
 """
 
