@@ -32,7 +32,32 @@ def _tables(result: Row) -> list[tuple[str, list[Row]]]:
         return [(title, [_step(n, r) for n, r in result[key].items()]) for title, key in parts if result.get(key)]
     if kind == "deltas":
         return [("One stack of layers, each method's defaults:", [_delta(n, r) for n, r in result["methods"].items()])]
+    if kind == "inits":
+        return [("From a loaded model to one that can train:", [_init(n, r) for n, r in result["inits"].items()])]
+    if kind in ("inits_convergence", "ranks"):
+        return [(f"{task}:", [_learned(n, r) for n, r in result[task].items()]) for task in result["setting"]["tasks"]]
     return [("", _plain(result))]
+
+
+def _init(name: str, row: Row) -> Row:
+    return {
+        "start": name,
+        "seconds": row["seconds"],
+        "over peft": _ratio(row, "peft"),
+        "peak GB": _gigabytes(row),
+        "of it before": round(row["before_start_bytes"] / 1e9, 2) if "before_start_bytes" in row else "",
+    }
+
+
+def _learned(name: str, row: Row) -> Row:
+    loss, steps = row["loss"], row["steps_mean"]
+    return {
+        "contender": name,
+        "best rate": f"{row['rate']:g}",
+        "trained": f"{row['trained']:,}",
+        "loss": f"{loss['mean']} ({loss['low']} to {loss['high']})",
+        "steps to plain LoRA's": f"{steps['mean']} ({steps['low']} to {steps['high']})" if steps else str(row["steps"]),
+    }
 
 
 def _step(name: str, row: Row) -> Row:
