@@ -23,6 +23,7 @@ RATES = {
     "lift": 1e-4,
     "locas": 1e-2,
     "loldu": 1e-2,
+    "maestro": 1e-4,
     "lora-xs": 1e-2,
     "nola": 1e-2,
     "s2-lora": 1e-2,

@@ -151,7 +151,7 @@ def test_it_takes_the_released_packages_steps(shape: Any, side: str) -> None:
     Within one subspace: over a refresh the moments meet new singular vectors, whose signs are arbitrary there and fixed
     here, so that the two runs part.
     """
-    galore = pytest.importorskip("galore_torch")
+    import galore_torch as galore
     weight = draw(*shape).float()
     ours, optimizer = one(weight, rank=3, scale=0.25, side=side, weight_decay=0.01)
     theirs = nn.Parameter(weight.clone())
