@@ -155,7 +155,7 @@ def test_it_takes_the_released_packages_steps(shape: Any, side: str) -> None:
     weight = draw(*shape).float()
     ours, optimizer = one(weight, rank=3, scale=0.25, side=side, weight_decay=0.01)
     theirs = nn.Parameter(weight.clone())
-    group = {"params": [theirs], "rank": 3, "update_proj_gap": 200, "scale": 0.25, "proj_type": side}
+    group: Any = {"params": [theirs], "rank": 3, "update_proj_gap": 200, "scale": 0.25, "proj_type": side}
     reference = galore.GaLoreAdamW([group], lr=0.1, weight_decay=0.01, no_deprecation_warning=True)
     for i in range(8):
         gradient = draw(*shape, seed=30 + i).float()
