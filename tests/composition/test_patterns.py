@@ -63,3 +63,14 @@ def test_a_scale_of_its_own(key: str) -> None:
     assert not torch.allclose(changed[1.0][sites[0]], changed[3.0][sites[0]])
     for name in sites[1:]:
         assert torch.equal(changed[1.0][name], changed[3.0][name])
+
+
+def test_what_all_sites_share_is_refused_inside_dora_too() -> None:
+    """S2-LoRA's pair belongs to all sites: no pattern may change its rank, however deep it stands."""
+    case = case_of("dora").with_settings("", inner="s2-lora")
+    sites = case.targets()
+    model = case.model()
+    with pytest.raises(TargetError, match="one rank for all"):
+        rw.adapt(model, case.spec(targets=sites, overrides={sites[0]: {"rank": 4}}))
+    assert not any("adapters" in name for name, _ in model.named_modules())
+    rw.adapt(model, case.spec(targets=sites))
