@@ -5,8 +5,9 @@
 
 SmolLM2-135M in float32, every projection, rank 16. Timed is all that a user waits for between a loaded model and one
 that can train: what the start must measure on data (the same batches for both), the decompositions, and putting the
-adapter on the model. One process, rounds in which each takes one start after the other on a fresh copy of the model
-(copying is not counted), ratios within a round; peak memory in a process of its own. Triples (lora-sb) start lora-xs.
+adapter on the model. EVA is measured at a tau that any batch meets, so that both see the same two batches.
+One process, rounds in which each takes one start after the other on a fresh copy of the model (copying is not counted),
+ratios within a round; peak memory in a process of its own. Triples (lora-sb) start lora-xs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ MODEL = "smollm2-135m"
 RANK = 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-OURS: dict[str, dict[str, Any]] = {"pissa-4": {"init": {"init": "pissa", "iterations": 4}}}
+OURS: dict[str, dict[str, Any]] = {
+    "pissa-4": {"init": {"init": "pissa", "iterations": 4}},
+    "eva": {"init": {"init": "eva", "tau": 1e-9}},
+}
 """Settings of ours beside each initialiser's defaults, by the name they are reported under."""
 
 PEFT: dict[str, str] = {
@@ -62,7 +66,7 @@ def known() -> list[str]:
     """Return the names that can be measured."""
     import rankworks as rw
 
-    return sorted([*(m.key for m in rw.methods("init")), *OURS])
+    return sorted({*(m.key for m in rw.methods("init")), *OURS})
 
 
 def base() -> Any:
@@ -108,7 +112,7 @@ def _peft(model: Any, start: str, data: list[dict[str, Any]]) -> Any:
     import peft
     import torch
 
-    settings: dict[str, Any] = {"eva": {"eva_config": peft.EvaConfig()}}.get(start, {})
+    settings: dict[str, Any] = {"eva": {"eva_config": peft.EvaConfig(tau=0.0)}}.get(start, {})
     if start == "corda":
         settings = {"corda_config": peft.tuners.lora.config.CordaConfig()}
     if start == "lora_ga":
