@@ -27,6 +27,10 @@ class Whole(Delta):
         """The matrix."""
         return self.matrix()
 
+    def changed(self, weight: Tensor) -> Tensor:
+        """Return weight + dense(weight) (out, in); a subclass may have a shorter way."""
+        return weight + self.dense(weight).to(weight.dtype)
+
     def branch(self, x: Input) -> Tensor:
         """The matrix times x, for an additive method; the matrix is formed again in the backward pass here too."""
         x, parameters = self._dropped(x), list(self.parameters())
@@ -41,7 +45,8 @@ class Whole(Delta):
         if isinstance(x, Tensor) and dropped is x:
             frozen = base.linear
             if frozen is not None and frozen[0].is_floating_point():
-                return whole_linear(x, *frozen, self.dense, [p for p in self.parameters() if p.requires_grad])
+                trained = [p for p in self.parameters() if p.requires_grad]
+                return whole_linear(x, *frozen, self.dense, trained, self.changed)
         return base(x) + (self.branch(x) if self.additive else linear(dropped, self.dense(base.weight)))
 
     def _dropped(self, x: Input) -> Input:

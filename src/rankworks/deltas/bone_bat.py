@@ -41,6 +41,14 @@ class BoneBat(Whole):
         change = torch.bmm(weight.to(self.T.dtype).reshape(out // r, in_, r), self.T)
         return (change.view(out // r, r, in_ // r, r) + self.T.unsqueeze(2)).view(out, in_)
 
+    def changed(self, weight: Tensor) -> Tensor:
+        """W_ij + W_ij T_i + T_i in one product and one sum: (out, in)."""
+        (out, in_), r = self.shape, self.rank
+        blocks = weight.to(torch.promote_types(weight.dtype, self.T.dtype)).reshape(out // r, in_, r)
+        T = self.T.to(blocks.dtype)
+        whole = torch.baddbmm(blocks, blocks, T).view(out // r, r, in_ // r, r)
+        return whole.add_(T.unsqueeze(2)).view(out, in_).to(weight.dtype)
+
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
         """out rank."""

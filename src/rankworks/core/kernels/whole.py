@@ -27,19 +27,22 @@ from rankworks.core.kernels.mode import compute_dtype, no_autocast, sees_through
 Build = Callable[[Tensor], Tensor]
 
 
-def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, build: Build, trained: Sequence[Tensor]) -> Tensor:
+def whole_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, build: Build, trained: Sequence[Tensor], whole: Build | None = None
+) -> Tensor:
     """Return x (weight + build(weight))^T + bias: (..., in) -> (..., out).
 
     `trained` are the parameters that `build` reads; it must be a pure function of them and of `weight` (out, in).
+    `whole` may give weight + build(weight) in fewer passes than the sum takes.
     """
+    changed = whole if whole is not None else (lambda weight: weight + build(weight).to(weight.dtype))
     if _fits(x, weight, bias, trained):
         cast = x.to(compute_dtype(x))
         with no_autocast(x):
-            return _Whole.apply(cast, weight, bias, build, *trained)
-    change = build(weight)
+            return _Whole.apply(cast, weight, bias, build if _narrow(cast) else changed, *trained)
     if _narrow(x) or _narrow(weight):
-        return F.linear(x, weight, bias) + F.linear(x, change.to(x.dtype))
-    return F.linear(x, weight + change.to(weight.dtype), bias)
+        return F.linear(x, weight, bias) + F.linear(x, build(weight).to(x.dtype))
+    return F.linear(x, changed(weight), bias)
 
 
 def _narrow(tensor: Tensor) -> bool:
@@ -54,18 +57,20 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, trained: Sequence[Tens
 
 
 class _Whole(torch.autograd.Function):
-    """x (..., in), weight (out, in), bias (out,) or None, build, and the trained tensors."""
+    """x (..., in), weight (out, in), bias (out,) or None, build, and the trained tensors.
+
+    `build` gives W + D, and in a 16-bit type D alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, build: Build, *trained: Tensor) -> Tensor:
-        change = build(weight).to(x.dtype)  # (out, in)
         ctx.save_for_backward(x, weight)
         ctx.build, ctx.trained = build, trained
         ctx.versions = [t._version for t in trained]
-        frozen, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        shift = None if bias is None else bias.to(x.dtype)
         if _narrow(x):
-            return F.linear(x, frozen, shift) + F.linear(x, change)
-        return F.linear(x, frozen + change, shift)
+            return F.linear(x, weight.to(x.dtype), shift) + F.linear(x, build(weight).to(x.dtype))
+        return F.linear(x, build(weight.to(x.dtype)), shift)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,15 +80,16 @@ class _Whole(torch.autograd.Function):
             raise RuntimeError("a trained tensor was changed in place between the forward and the backward pass")
         again = torch.is_grad_enabled()
         with torch.enable_grad(), no_autocast(x):
-            change = ctx.build(weight)  # (out, in), a function of the trained tensors
+            # (out, in), a function of the trained tensors
+            change = ctx.build(weight if _narrow(x) else weight.to(x.dtype))
         of_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            frozen, added = weight.to(x.dtype), (change if again else change.detach()).to(x.dtype)
-            of_x = g @ frozen + g @ added if _narrow(x) else g @ (frozen + added)
+            made = (change if again else change.detach()).to(x.dtype)
+            of_x = g @ weight.to(x.dtype) + g @ made if _narrow(x) else g @ made
         wanted = [t for t, needed in zip(ctx.trained, ctx.needs_input_grad[4:], strict=True) if needed]
         found: list[Tensor | None] = [None] * len(ctx.trained)
         if wanted and change.requires_grad:
             of_change = (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(change.dtype)  # (out, in)
-            made = iter(torch.autograd.grad(change, wanted, of_change, allow_unused=True, create_graph=again))
-            found = [next(made) if needed else None for needed in ctx.needs_input_grad[4:]]
+            parts = iter(torch.autograd.grad(change, wanted, of_change, allow_unused=True, create_graph=again))
+            found = [next(parts) if needed else None for needed in ctx.needs_input_grad[4:]]
         return of_x, None, None, None, *found
