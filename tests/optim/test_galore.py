@@ -152,6 +152,7 @@ def test_it_takes_the_released_packages_steps(shape: Any, side: str) -> None:
     here, so that the two runs part.
     """
     import galore_torch as galore
+
     weight = draw(*shape).float()
     ours, optimizer = one(weight, rank=3, scale=0.25, side=side, weight_decay=0.01)
     theirs = nn.Parameter(weight.clone())
