@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.projection import leading_basis, projected_shape
+from rankworks.core.optim.projection import leading_basis, projected_shape
 from rankworks.optim.galore import ProjectedAdamW
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes

@@ -79,3 +79,8 @@ def method_hooks(model: nn.Module) -> list[Hook]:
         hooks += [] if schedule is None else [schedule.method.cls(schedule).hook(own)]  # type: ignore[call-arg]
         found += [hook for hook in hooks if hook is not None]
     return found
+
+
+def optimizer_hooks(optimizer: Optimizer | None) -> list[Hook]:
+    """Return what an optimizer of `make_optimizer` does during training besides its steps; often nothing."""
+    return list(getattr(optimizer, "method_hooks", ()))

@@ -1,6 +1,6 @@
 """GaLore: the optimizer runs on a projection of the gradient into a subspace that is found anew every so often.
 
-    every `refresh` steps   G = U S V^T,  P = U[:, :r] or Q = V[:, :r]           (core/projection.py: which side)
+    every `refresh` steps   G = U S V^T,  P = U[:, :r] or Q = V[:, :r]           (core/optim/projection.py: which side)
     every step              R = P^T G  or  G Q;  N = direction of AdamW on R     m, v of R's shape
                             W <- W - lr_t scale back(N),  lr_t = lr sqrt(1 - b2^t) / (1 - b1^t)
 
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.fields import Positive, Rank, Setting
-from rankworks.core.optimizer import Group, OptimizerMethod, grouped
-from rankworks.core.projection import Basis, Side, leading_basis, projected_shape, sides
+from rankworks.core.optim.method import Group, OptimizerMethod, grouped
+from rankworks.core.optim.moments import adam_direction
+from rankworks.core.optim.projection import Basis, Side, add_back, leading_basis, projected_shape, sides
+from rankworks.core.optim.stepwise import Stepwise, count_step
 from rankworks.core.registry import optimizer
 from rankworks.core.targets import find_sites
 
@@ -66,63 +68,29 @@ class GaLore(OptimizerMethod):
         return numbers * parameter.element_size()
 
 
-class ProjectedAdamW(torch.optim.Optimizer):
+class ProjectedAdamW(Stepwise):
     """AdamW, on projected gradients in the groups marked `projected`. State: step, exp_avg, exp_avg_sq, P, Q."""
 
     def __init__(self, groups: Iterable[Group], **defaults: Any):
-        super().__init__(groups, {"projected": False, **defaults})
+        super().__init__(groups, projected=False, **defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: Group) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        t = int(state["step"].item())
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
+        """One step along the direction of AdamW on R, taken back."""
+        t = count_step(state)
         basis = self._basis(state, gradient, group, t)
         R = gradient if basis is None else basis.into(gradient)
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
-        b1, b2 = group["betas"]
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(R, 1 - b1)
-        v.mul_(b2).addcmul_(R, R, value=1 - b2)
-        state["step"] += 1
-        size = group["lr"] * math.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
-        direction = m / v.sqrt().add_(group["eps"])
+        N, factor = adam_direction(state, R, t, group["betas"], group["eps"])
         if basis is None:
-            parameter.add_(direction, alpha=-size)
+            parameter.add_(N, alpha=-group["lr"] * factor)
         else:
-            _subtract(parameter, basis, direction, size * group["scale"])
+            add_back(parameter, basis, N, -group["lr"] * factor * group["scale"])
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
     def _basis(self, state: dict[str, Any], gradient: Tensor, group: Group, t: int) -> Basis | None:
         if not group["projected"]:
             return None
-        if t % group["refresh"] == 0:
+        if (t - 1) % group["refresh"] == 0:
             found = leading_basis(gradient, group["rank"], group["side"])
             state |= {name: part for name, part in zip("PQ", found, strict=True) if part is not None}
         return Basis(state.get("P"), state.get("Q"))
-
-
-def _subtract(parameter: Tensor, basis: Basis, direction: Tensor, size: float) -> None:
-    """parameter -= size back(direction), without the step as a matrix of its own."""
-    if basis.P is not None and basis.Q is not None:
-        parameter.addmm_(basis.P @ direction, basis.Q.t(), alpha=-size)
-    elif basis.P is not None:
-        parameter.addmm_(basis.P, direction, alpha=-size)
-    elif basis.Q is not None:
-        parameter.addmm_(direction, basis.Q.t(), alpha=-size)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rankworks.core.delta import Delta
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.hooks import Hook
-from rankworks.core.optimizer import Group, OptimizerMethod, grouped, roles
+from rankworks.core.optim.method import Group, OptimizerMethod, grouped, roles
 from rankworks.core.registry import OptimizerSpec, build, optimizer
 
 

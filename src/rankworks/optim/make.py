@@ -17,9 +17,14 @@ def make_optimizer(
     """Return an optimizer over the parameters of `model` that require a gradient.
 
     name: a key (`rankworks methods --axis optimizer`), a spec, or a mapping {"optimizer": key, ...}; lr: the learning
-    rate; settings: the method's. Every parameter group carries the `names` of its parameters. Raises
+    rate; settings: the method's. Every parameter group carries the `names` of its parameters. What the method does
+    besides its steps is in `optimizer.method_hooks`: the own loop and `train.HookCallback` call these. Raises
     `UnknownNameError`, `ConfigError`, or `TrainingError` when nothing is trainable.
     """
     spec = build("optimizer", name, **settings)
-    method = spec.method.cls(spec)  # type: ignore[call-arg]
-    return method.build(method.groups(model, lr), lr)
+    method: Any = spec.method.cls(spec)  # type: ignore[call-arg]
+    made = method.build(method.groups(model, lr), lr)
+    hook = method.hook(model, made)
+    made.method_hooks = [] if hook is None else [hook]
+    made.layerwise = method.layerwise
+    return made

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankworks.core.fields import Setting
-from rankworks.core.optimizer import Group, OptimizerMethod
+from rankworks.core.optim.method import Group, OptimizerMethod
 from rankworks.core.registry import optimizer
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rankworks.core.codes.blocks import dequantise_blocks, quantise_blocks
+from rankworks.core.codes.books import Code, code_book
 from rankworks.core.errors import ConfigError, TargetError
 from rankworks.core.evidence import Evidence
 from rankworks.core.progress import track
@@ -15,8 +17,6 @@ from rankworks.core.quantised import as_evidence
 from rankworks.core.site import Site
 from rankworks.core.state import NAME
 from rankworks.core.targets import find_sites
-from rankworks.quantize.blocks import dequantise_blocks, quantise_blocks
-from rankworks.quantize.books import Code, code_book
 from rankworks.quantize.hold import can_hold, hold
 from rankworks.quantize.loop import Order, split
 

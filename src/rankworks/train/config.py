@@ -50,6 +50,9 @@ class OptimConfig(Config):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay of matrices; vectors have none")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null leaves it alone")
+    layerwise: bool = Field(
+        default=False, description="step in the backward pass and free each gradient: less memory, see train.layerwise"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="the optimizer's own settings, which may also be written beside its name"
     )

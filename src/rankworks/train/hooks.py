@@ -12,14 +12,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rankworks.core.errors import TrainingError
-from rankworks.core.hooks import Hook, Moment, method_hooks
+from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.train.tensors import read_tree, write_tree
 
 
 class HookCallback(TrainerCallback):
     """A transformers callback that carries hooks: `Trainer(..., callbacks=[HookCallback()])`.
 
-    The hooks that the adapted model's methods ask for come by themselves, before those given. Their state is written
+    The hooks that the adapted model's methods and an optimizer of `rw.make_optimizer` ask for come by themselves,
+    before those given. Their state is written
     beside each checkpoint of the Trainer and read again when it resumes.
     """
 
@@ -44,7 +45,9 @@ class HookCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Restore the hooks of a resumed run and start them."""
-        self.hooks = [*method_hooks(keywords["model"]), *self.given]
+        optimizer = keywords.get("optimizer")
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.hooks = [*method_hooks(keywords["model"]), *optimizer_hooks(optimizer), *self.given]
         if state.global_step > 0:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_hooks(self.hooks, read_tree(folder, self.FILE)["hooks"], str(folder))

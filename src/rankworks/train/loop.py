@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from rankworks.core.errors import ConfigError, TrainingError
-from rankworks.core.hooks import Hook, Moment, method_hooks
+from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.batches import Batch, Collator, Example, Sampler
 from rankworks.train.checkpoint import (
@@ -39,6 +39,7 @@ from rankworks.train.compiled import compiled
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.documents import by_document
 from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
+from rankworks.train.layerwise import Layerwise, Mode
 from rankworks.train.memory import PeakMemory
 from rankworks.train.metrics import Metrics
 from rankworks.train.objective import Objective
@@ -89,7 +90,6 @@ class Loop:
     ):
         self.title = title
         self.train, self.optim, self.evaluate = train, optim, evaluate
-        self.hooks = [*method_hooks(model), *hooks]
         self.model, self.examples, self.history = model, examples, History()
         processes()
         self.accelerator = Accelerator()
@@ -105,6 +105,8 @@ class Loop:
         self.steps = train.total_steps(len(examples))
         self.collator = Collator(pad, packs(model, examples, train))
         self.optimizer = make_optimizer(model, optim.name, optim.lr, **optim.settings())
+        self.hooks = [*method_hooks(model), *optimizer_hooks(self.optimizer), *hooks]
+        self.layerwise = Layerwise(self.optimizer, optim.name, self.hooks, self.world) if optim.layerwise else None
         if train.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
@@ -167,27 +169,54 @@ class Loop:
         factor = learning_rate_factor(self.optim.schedule, self.step - 1, self.steps, self.optim.warmup)
         rate = set_learning_rate(self.optimizer, factor)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(
-            self.collator.micro_batches(examples, self.train.accumulate, self.rank, self.world), learned
-        )
-        add_penalties(self.hooks, self._moment())
-        norm = self._clip()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(loss, norm)
-        self._call("after_backward")
-        self.optimizer.step()
-        self._call("after_step")
+        batches = self.collator.micro_batches(examples, self.train.accumulate, self.rank, self.world)
+        act = self._act if self.layerwise is None else self._act_layerwise
+        loss, norm = act(batches, learned)
         tokens, seconds = sum(len(e.input_ids) for e in examples), time.perf_counter() - started
         self._remember(loss, tokens, seconds)
         return self._log(loss, rate, norm, tokens / seconds)
 
-    def _backward(self, batches: list[Batch], learned: int) -> float:
-        """Run forward and backward of all micro-batches; return the mean loss over the global batch."""
+    def _act(self, batches: list[Batch], learned: int) -> tuple[float, float]:
+        """Gather the whole gradient, then step; return the loss and the norm of the gradient."""
+        loss = self._backward(batches, learned)
+        add_penalties(self.hooks, self._moment())
+        norm = self._clip()
+        self._check_finite(loss, norm)
+        self._call("after_backward")
+        self.optimizer.step()
+        self._call("after_step")
+        return loss, norm
+
+    def _act_layerwise(self, batches: list[Batch], learned: int) -> tuple[float, float]:
+        """Step in the backward pass of the last micro-batch; see `train.layerwise`."""
+        assert self.layerwise is not None
+        if self.optim.clip is None:
+            self.layerwise.factor = 1.0
+            return self._backward(batches, learned, "step"), self.layerwise.norm
+        if len(batches) > 1:
+            return self._act(batches, learned)
+        kept = random_states()
+        loss = self._backward(batches, learned, "measure")
+        norm = self.layerwise.norm
+        self._check_finite(loss, norm)
+        self.layerwise.factor = min(1.0, self.optim.clip / (norm + 1e-6))  # as torch clips
+        restore_random_states(kept)
+        self._backward(batches, learned, "step", again=True)
+        return loss, norm
+
+    def _backward(self, batches: list[Batch], learned: int, mode: Mode = "gather", again: bool = False) -> float:
+        """Run forward and backward of all micro-batches; return the mean loss over the global batch.
+
+        mode: what layer-wise updates do in the last micro-batch; again: this is the second time for these batches.
+        """
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
-            self._call("before_forward")
+            if not again:
+                self._call("before_forward")
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+            sums = last and mode == "gather"  # layer-wise updates sum over processes themselves
+            engaged = self.layerwise.doing(mode) if last and self.layerwise is not None else contextlib.nullcontext()
+            with engaged, contextlib.nullcontext() if sums else self.accelerator.no_sync(self.objective):
                 batch = batch.to(self.device)
                 summed = self.objective(batch.inputs, batch.labels, batch.documents)
                 # Several processes average their gradients, so each share is multiplied by how many there are.
@@ -204,7 +233,9 @@ class Loop:
             nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         return float(norm)
 
-    def _not_finite(self, loss: float, norm: float) -> None:
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
         what = f"the loss became {loss}" if not math.isfinite(loss) else f"the norm of the gradient became {norm}"
         kept = self.checkpoints.newest() if self.checkpoints is not None else None
         raise TrainingError(

@@ -9,7 +9,7 @@ the A's and the B's of an adapted model (`roles`), or the weights that are proje
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from rankworks.core.hooks import Hook
 from rankworks.core.summary import trained
 
 Group = dict[str, Any]
+Trains = Literal["model", "adapter"]
 
 
 class OptimizerMethod(HasSettings):
@@ -28,6 +29,12 @@ class OptimizerMethod(HasSettings):
 
     Spec: ClassVar[Any]
     spec: Any
+    layerwise: ClassVar[bool] = True
+    """Whether the step of a parameter needs no other's, so that it can be taken in the middle of the backward pass."""
+    trains: ClassVar[tuple[Trains, ...]] = ("model", "adapter")
+    """What it can be used on: a whole model, the adapters on one."""
+    try_with: ClassVar[Mapping[str, Any]] = {}
+    """Settings that make what it does visible within a dozen steps on matrices of about ten rows, for the checks."""
 
     weight_decay: float = NonNegative(0.0, "decay of matrices; vectors and scalars have none")
 

@@ -57,3 +57,13 @@ def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int,
     left, right = sides(shape, side)
     r = min(rank, *shape)
     return (r if left else shape[0], r if right else shape[1])
+
+
+def add_back(parameter: Tensor, basis: Basis, N: Tensor, size: float) -> None:
+    """Add size * back(N) to a parameter (m, n) in place, without the step as a matrix of its own."""
+    if basis.P is not None and basis.Q is not None:
+        parameter.addmm_(basis.P @ N, basis.Q.t(), alpha=size)
+    elif basis.P is not None:
+        parameter.addmm_(basis.P, N, alpha=size)
+    elif basis.Q is not None:
+        parameter.addmm_(N, basis.Q.t(), alpha=size)

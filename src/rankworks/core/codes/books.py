@@ -3,11 +3,16 @@
     nf     normal float: quantiles of the normal distribution, 0 and both ends among them, so that codes are about
            equally likely for normal weights. NF4 is the published table of sixteen numbers.
     int    k / (2^(b-1) - 1) for k = -(2^(b-1) - 1) ... 2^(b-1) - 1: symmetric integers, the lowest code left out
-Source: arXiv:2305.14314, section 3 and appendix E; for other numbers of bits arXiv:2311.12023, whose formula is used.
+    dynamic  for the moments of optimizers: seven decades, each in twice as many even steps as the one below, so that
+           small numbers keep a relative precision. 256 values with 0 and 1; -1 is absent. The unsigned book is finer
+           by a factor of two.
+Source: arXiv:2110.02861, section 2.1 (dynamic); arXiv:2305.14314, section 3 and appendix E (nf); for other numbers of
+bits arXiv:2311.12023, whose formula is used.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -55,3 +60,14 @@ def code_book(code: Code, bits: int) -> Tensor:
     quantiles = torch.special.ndtri(torch.cat([below, above]))
     values = torch.cat([quantiles[: side - 1], quantiles.new_zeros(1), quantiles[side - 1 :]])
     return (values / values[-1]).clamp(-1, 1)
+
+
+@cache
+def dynamic_book(signed: bool) -> Tensor:
+    """Return the 256 values of the dynamic code book, ascending, float32."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (0 if signed else 1)) + 1, dtype=torch.float64)
+        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
+        values += middles + [-m for m in middles] * signed
+    return torch.tensor(sorted(values), dtype=torch.float64).float()

@@ -1,0 +1,1 @@
+"""Numbers in few bits: code books, and blocks of codes with a scale each."""
