@@ -28,5 +28,6 @@ def test_there_are_checks_for_every_axis():
     assert len(checks("delta")) >= 40
     assert len(checks("init")) >= 30
     assert len(checks("rank")) >= 30
+    assert len(checks("optimizer")) >= 12
     assert len({c.name for c in checks()}) == len(checks())
     assert all(c.says for c in checks())

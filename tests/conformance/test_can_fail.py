@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import broken
+import broken_optimizers
 import broken_schedules
 import broken_starts
 import pytest
@@ -85,8 +86,28 @@ SCHEDULES = {
     broken_schedules.DoublesTheScaleUntold: ["scheduled_file_reads_back"],
     broken_schedules.SaysAnotherDense: ["factors_are_the_change", "merged_equals_the_scheduled"],
 }
+OPTIMIZERS = {
+    broken_optimizers.ClimbsTheLoss: ["optimizer_learns", "bfloat16_works"],
+    broken_optimizers.Noisy: ["optimizer_repeats", "layerwise_is_the_same"],
+    broken_optimizers.KeepsItToItself: ["optimizer_resumes_exactly", "state_is_what_the_formula_says"],
+    broken_optimizers.SaysTooLittle: ["state_is_what_the_formula_says"],
+    broken_optimizers.LeavesVectorsOut: ["groups_hold_everything_once"],
+    broken_optimizers.NeverStands: ["rate_of_zero_moves_nothing"],
+    broken_optimizers.StepsWithoutGradients: ["what_has_no_gradient_stays"],
+    broken_optimizers.NeedsTheOthers: ["layerwise_is_the_same"],
+    broken_optimizers.ChangesTypes: ["bfloat16_works"],
+    broken_optimizers.WritesTheBase: ["what_is_frozen_stays"],
+    broken_optimizers.DecaysUpwards: ["decay_shrinks_matrices"],
+    broken_optimizers.ReadsAnotherNumber: ["optimizer_settings_round_trip"],
+}
 # Those whose fault is an exception of torch's: types and sizes that do not fit.
-RAISING = {broken.WidensTheOutput, broken.NoCast, broken.OneShapeOnly, broken_starts.StartsTallOnly}
+RAISING = {
+    broken_optimizers.ChangesTypes,
+    broken.WidensTheOutput,
+    broken.NoCast,
+    broken.OneShapeOnly,
+    broken_starts.StartsTallOnly,
+}
 
 
 @pytest.fixture
@@ -111,6 +132,7 @@ def registered():
         (broken.NoEmbeddings, "delta"),
         (broken_starts.GoodStart, "init"),
         (broken_schedules.GoodSchedule, "rank"),
+        (broken_optimizers.GoodOptimizer, "optimizer"),
     ],
 )
 def test_the_good_methods_pass_everything(registered, cls, axis):
@@ -131,6 +153,11 @@ def test_a_broken_start_is_caught(registered, cls):
 @pytest.mark.parametrize("cls", SCHEDULES, ids=lambda c: c.__name__)
 def test_a_broken_schedule_is_caught(registered, cls):
     _caught(cls, check_method(registered(cls, "rank"), only=SCHEDULES[cls]), SCHEDULES[cls])
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_a_broken_optimizer_is_caught(registered, cls):
+    _caught(cls, check_method(registered(cls, "optimizer"), only=OPTIMIZERS[cls]), OPTIMIZERS[cls])
 
 
 def _caught(cls, report, names):
@@ -168,5 +195,9 @@ GUARDED_BY_CORE = {"unclaimed_kinds_are_refused", "merging_again_changes_nothing
 
 
 def test_every_other_check_has_been_seen_to_fail():
-    seen = {name for names in [*DELTAS.values(), *STARTS.values(), *SCHEDULES.values()] for name in names}
+    seen = {
+        name
+        for names in [*DELTAS.values(), *STARTS.values(), *SCHEDULES.values(), *OPTIMIZERS.values()]
+        for name in names
+    }
     assert seen | GUARDED_BY_CORE == {c.name for c in checks()}

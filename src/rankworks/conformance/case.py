@@ -136,12 +136,16 @@ def variant_cases(method: Method) -> list[Case]:
     A choice is: every other value of a literal or a switch, a value for a setting that is absent by default, a count
     above zero for one that is zero by default, and every additive delta for a setting that is a delta.
     """
-    first = base_case(method, kinds_of(method)[0])
-    cases = []
+    return variants_of(base_case(method, kinds_of(method)[0]))
+
+
+def variants_of(first: Case) -> list[Case]:
+    """Return a case for every other choice that the settings of a case's method offer."""
+    method, cases = first.method, []
     for name, info in method.Spec.model_fields.items():
         for value in _choices(name, info, method):
             given = {name: value}
-            if method.axis != "delta":
+            if method.axis not in ("delta", "optimizer"):
                 given = {method.tag: {method.tag: method.key, name: value}}
             case = first.with_settings(f"{name}={value}", **given)
             if method.axis == "delta" and "rank" not in method.cls.accepted(case.settings):  # a delta inside has none
@@ -158,6 +162,8 @@ def _choices(name: str, info: FieldInfo, method: Method) -> list[Any]:
     if get_origin(note) is Literal:
         return [v for v in get_args(note) if v != default]
     if isinstance(note, type) and issubclass(note, MethodSpec):
+        if method.axis == "optimizer":
+            return ["sgd"]
         return [m.key for m in methods("delta") if m.cls.additive and m.key != default]  # type: ignore[attr-defined]
     if isinstance(default, bool):
         return [not default]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rankworks.conformance.case import Case, base_case, kind_cases, kinds_of, variant_cases
 from rankworks.conformance.errors import ConformanceError, NotApplicable
+from rankworks.conformance.optimizer_case import optimizer_cases
 from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.registry import Method, get
 
@@ -33,6 +34,8 @@ class Check:
 
     def cases(self, method: Method) -> list[Case]:
         """Return the cases this check runs on for a method."""
+        if method.axis == "optimizer":
+            return optimizer_cases(method, self.scope != "once")
         first = [base_case(method, kinds_of(method)[0])]
         kinds = kind_cases(method) if self.scope in ("kinds", "all") else first
         return kinds + (variant_cases(method) if self.scope in ("variants", "all") else [])

@@ -46,6 +46,10 @@ class HasSettings:
 
     settings: ClassVar[dict[str, tuple[Any, FieldInfo]]] = {}
 
+    @classmethod
+    def agree(cls, spec: Any) -> None:
+        """Raise `ConfigError` where settings, each of them good, do not go together. Asked of every spec that is made."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         gathered: dict[str, tuple[Any, FieldInfo]] = {}

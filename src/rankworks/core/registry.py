@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, SerializeAsAny, create_model
+from pydantic import BeforeValidator, SerializeAsAny, create_model, model_validator
 
 from rankworks.core.config import Config, read
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
@@ -57,6 +57,11 @@ class MethodSpec(Config):
     """The settings of one method. `Spec.method` is its registry entry."""
 
     method: ClassVar[Method]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> MethodSpec:
+        type(self).method.cls.agree(self)  # type: ignore[attr-defined]
+        return self
 
     @property
     def key(self) -> str:

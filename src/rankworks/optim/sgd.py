@@ -8,9 +8,13 @@ Source: Robbins and Monro (1951); momentum as in Sutskever et al. (2013).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
+from rankworks.core.errors import ConfigError
 from rankworks.core.fields import Setting
 from rankworks.core.optim.method import Group, OptimizerMethod
 from rankworks.core.registry import optimizer
@@ -25,6 +29,15 @@ class SGD(OptimizerMethod):
     nesterov: bool = Setting(False, "look ahead along the momentum")
     foreach: bool | None = Setting(None, "many tensors at once; None: as torch chooses")
     fused: bool | None = Setting(None, "one kernel for all; None: as torch chooses")
+
+    try_with: ClassVar[Mapping[str, Any]] = {"momentum": 0.9}
+
+    @classmethod
+    def agree(cls, spec: Any) -> None:
+        """Looking ahead needs a momentum to look along."""
+        super().agree(spec)
+        if spec.nesterov and (spec.momentum == 0 or spec.dampening != 0):
+            raise ConfigError("nesterov looks ahead along the momentum: give sgd a momentum above 0 and no dampening.")
 
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """Torch's own."""

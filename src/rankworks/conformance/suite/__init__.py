@@ -11,6 +11,7 @@ from rankworks.conformance.suite import (  # noqa: I001 - the order is the repor
     gradients,
     training,
     schedule,
+    optimizer,
     models,
     several,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "gradients",
     "initialiser",
     "models",
+    "optimizer",
     "schedule",
     "settings",
     "several",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Delta
-from rankworks.core.errors import TrainingError
+from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.fields import HasSettings, NonNegative
 from rankworks.core.hooks import Hook
 from rankworks.core.summary import trained
@@ -55,6 +55,12 @@ class OptimizerMethod(HasSettings):
     def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | None:
         """Return what it does during training besides its steps, or None."""
         return None
+
+    @classmethod
+    def agree(cls, spec: Any) -> None:
+        """A rank of zero, which schedules may give an adapter, means nothing here."""
+        if getattr(spec, "rank", 1) == 0:
+            raise ConfigError(f"{spec.key} works in a subspace of rank 1 or more: give another rank than 0.")
 
     @classmethod
     def accepted(cls, values: Mapping[str, Any]) -> list[str]:

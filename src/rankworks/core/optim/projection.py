@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rankworks.linalg import truncated_svd
@@ -49,7 +50,12 @@ def leading_basis(G: Tensor, rank: int, side: Side) -> Basis:
     """Return the leading singular vectors of G, at most `rank`, on the sides that are projected, in G's type."""
     left, right = sides(tuple(G.shape), side)
     u, _, vh = truncated_svd(G, min(rank, *G.shape))  # (m, r), (r,), (r, n)
-    return Basis(u.to(G.dtype) if left else None, vh.t().to(G.dtype) if right else None)
+    return Basis(_own(u, G) if left else None, _own(vh.t(), G) if right else None)
+
+
+def _own(columns: Tensor, G: Tensor) -> Tensor:
+    """A copy in G's type and in row-major order: what a file gives back, down to the order in which BLAS adds."""
+    return columns.to(G.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, int]:
