@@ -48,7 +48,7 @@ class HasSettings:
 
     @classmethod
     def agree(cls, spec: Any) -> None:
-        """Raise `ConfigError` where settings, each of them good, do not go together. Asked of every spec that is made."""
+        """Raise `ConfigError` where settings, each good by itself, do not go together; asked of every spec made."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
