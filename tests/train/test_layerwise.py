@@ -13,7 +13,9 @@ from training import adapted, make_loop, weights
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.optim.method import OptimizerMethod
+from rankworks.core.optim.method import OptimizerMethod, grouped
+from rankworks.core.optim.stepwise import Stepwise
+from rankworks.train.layerwise import Layerwise
 from rankworks.train.loop import Loop
 from tiny import tiny_llama
 
@@ -107,7 +109,28 @@ def test_what_needs_all_gradients_is_refused() -> None:
     optimizer = rw.make_optimizer(whole_model(), "adamw")
     assert optimizer.layerwise == OptimizerMethod.layerwise
     optimizer.layerwise = False
-    from rankworks.train.layerwise import Layerwise
-
     with pytest.raises(ConfigError, match="together"):
         Layerwise(optimizer, "adamw", [], 1)
+
+
+class NotesNames(Stepwise):
+    """Writes down which parameter it is told that it updates."""
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+        """Note the name and the rate."""
+        self.seen.append((self.name, parameter, group["lr"]))  # type: ignore[attr-defined]
+
+
+def test_each_parameter_steps_under_its_own_name_and_the_rate_of_now() -> None:
+    """Also after the optimizer took up a state, for which torch makes new groups."""
+    model = whole_model()
+    optimizer = NotesNames(grouped(model, 1e-2))
+    optimizer.seen = []  # type: ignore[attr-defined]
+    layerwise = Layerwise(optimizer, "notes", [], 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    with layerwise.doing("step"):
+        model(input_ids=torch.arange(8).view(1, 8)).logits.sum().backward()
+    found = {name: (id(parameter), rate) for name, parameter, rate in optimizer.seen}  # type: ignore[attr-defined]
+    assert found == {name: (id(p), 0.5) for name, p in model.named_parameters()}

@@ -46,9 +46,11 @@ class Layerwise:
         self.optimizer, self.processes = optimizer, processes
         self.mode: Mode = "gather"
         self.factor = 1.0  # of every gradient, from clipping
-        self.group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self.place = {
+            p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+        }
         self.squares: dict[Tensor, Tensor] = {}
-        for parameter in self.group_of:
+        for parameter in self.place:
             parameter.register_post_accumulate_grad_hook(self._complete)
 
     @contextlib.contextmanager
@@ -89,13 +91,19 @@ class Layerwise:
     def _step(self, parameter: Tensor) -> None:
         """Let the optimizer see this one parameter alone."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
-        optimizer.param_groups = [{**self.group_of[parameter], "params": [parameter]}]
+        group, place = self._found(parameter)
+        alone = {"names": [group["names"][place]]} if "names" in group else {}
+        optimizer.param_groups = [{**group, "params": [parameter], **alone}]
         try:
             optimizer.step()
         finally:
             optimizer.param_groups = groups
 
     def _name(self, parameter: Tensor) -> str:
-        group = self.group_of[parameter]
-        place = next(i for i, p in enumerate(group["params"]) if p is parameter)
+        group, place = self._found(parameter)
         return group["names"][place] if "names" in group else f"parameter {place}"
+
+    def _found(self, parameter: Tensor) -> tuple[dict, int]:
+        """Return the group of a parameter as it is now (taking up a state makes new ones), and its place in it."""
+        number, place = self.place[parameter]
+        return self.optimizer.param_groups[number], place

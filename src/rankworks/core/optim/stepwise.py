@@ -9,7 +9,7 @@ optimizer of this kind can act in the middle of the backward pass (`train.layerw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from rankworks.core.optim.method import Group
 
 class Stepwise(torch.optim.Optimizer):
     """Base of the optimizers here. Settings are entries of the groups, `defaults` those that a group does not name."""
+
+    counters: ClassVar[tuple[str, ...]] = ()
+    """Entries of the state, besides STEP, that stay on the device they were made on: small numbers read by the CPU."""
+    name = ""
+    """The name of the parameter that is updated now, which draws depend on: a name is the same in every process."""
 
     def __init__(self, groups: Iterable[Group], **defaults: Any):
         super().__init__(groups, defaults)
@@ -31,7 +36,8 @@ class Stepwise(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
+            names = group.get("names") or [str(i) for i in range(len(group["params"]))]
+            for self.name, parameter in zip(names, group["params"], strict=True):
                 if parameter.grad is not None:
                     self.update(parameter, parameter.grad, self.state[parameter], group)
         return loss
@@ -47,8 +53,9 @@ class Stepwise(torch.optim.Optimizer):
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
-                    place = value.device if name == STEP else parameter.device
+                counts = name == STEP or name in self.counters
+                if isinstance(value, Tensor) and (counts or value.dtype != self.state[parameter][name].dtype):
+                    place = value.device if counts else parameter.device
                     self.state[parameter][name] = value.to(place, copy=True)
 
 
