@@ -36,11 +36,15 @@ class Stepwise(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            names = group.get("names") or [str(i) for i in range(len(group["params"]))]
-            for self.name, parameter in zip(names, group["params"], strict=True):
-                if parameter.grad is not None:
-                    self.update(parameter, parameter.grad, self.state[parameter], group)
+            self.step_group(group)
         return loss
+
+    def step_group(self, group: Group) -> None:
+        """Step on every parameter of a group that has a gradient; pairs are stepped on together (core/optim/pairs)."""
+        names = group.get("names") or [str(i) for i in range(len(group["params"]))]
+        for self.name, parameter in zip(names, group["params"], strict=True):
+            if parameter.grad is not None:
+                self.update(parameter, parameter.grad, self.state[parameter], group)
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         """Change a parameter in place; called without recording gradients. `state` is empty at the first step."""
