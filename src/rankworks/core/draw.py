@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def seed_of(*parts: object) -> int:
+    """Return the seed of a generator, below 2^63, that stands for these parts: a seed, a name, the number of a step."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 class Draw:
     """A private source of random tensors. Numbers are drawn in float32 on the CPU, then moved.
 
@@ -22,8 +28,7 @@ class Draw:
     def __init__(
         self, seed: int, name: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ):
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self.generator = torch.Generator().manual_seed(seed_of(seed, name))
         self.device, self.dtype = torch.device(device), dtype
 
     def seeded(self, seed: int) -> Draw:

@@ -26,5 +26,5 @@ def make_optimizer(
     made = method.build(method.groups(model, lr), lr)
     hook = method.hook(model, made)
     made.method_hooks = [] if hook is None else [hook]
-    made.layerwise = method.layerwise
+    made.layerwise, made.closure = method.layerwise, method.closure
     return made

@@ -38,6 +38,7 @@ from rankworks.train.checkpoint import (
 from rankworks.train.compiled import compiled
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.documents import by_document
+from rankworks.train.evaluating import Evaluating
 from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
 from rankworks.train.layerwise import Layerwise, Mode
 from rankworks.train.memory import PeakMemory
@@ -112,6 +113,7 @@ class Loop:
         objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
         self.objective: Any = self.accelerator.prepare_model(objective, device_placement=False)
         self.device = next(model.parameters()).device
+        self.evaluating = Evaluating(self, objective) if getattr(self.optimizer, "closure", False) else None
         self.main = self.accelerator.is_main_process
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep) if folder is not None else None
         self.metrics = Metrics(folder if self.main else None, train.tensorboard)
@@ -171,6 +173,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         batches = self.collator.micro_batches(examples, self.train.accumulate, self.rank, self.world)
         act = self._act if self.layerwise is None else self._act_layerwise
+        act = act if self.evaluating is None else self._act_evaluating
         loss, norm = act(batches, learned)
         tokens, seconds = sum(len(e.input_ids) for e in examples), time.perf_counter() - started
         self._remember(loss, tokens, seconds)
@@ -203,6 +206,15 @@ class Loop:
         restore_random_states(kept)
         self._backward(batches, learned, "step", again=True)
         return loss, norm
+
+    def _act_evaluating(self, batches: list[Batch], learned: int) -> tuple[float, float]:
+        """Let the optimizer evaluate the loss itself; no gradient is left, and so no norm of it."""
+        assert self.evaluating is not None
+        self._call("before_forward")
+        loss = self.evaluating.step(batches, learned, self._moment())
+        self._check_finite(loss, 0.0)
+        self._call("after_step")
+        return loss, 0.0
 
     def _backward(self, batches: list[Batch], learned: int, mode: Mode = "gather", again: bool = False) -> float:
         """Run forward and backward of all micro-batches; return the mean loss over the global batch.

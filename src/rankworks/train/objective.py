@@ -24,6 +24,7 @@ class Objective(nn.Module):
 
     split: SplitModel | None
     call: Any
+    whole_graph: bool = False  # somebody may take a second derivative, so the loss is made of plain operations
 
     def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, bf16: bool = False):
         super().__init__()
@@ -50,8 +51,8 @@ class Objective(nn.Module):
                 return F.cross_entropy(logits.float(), labels, reduction="sum")
             where = labels[:, 1:] != IGNORE  # the state at t predicts the token at t + 1
             targets = labels[:, 1:][where]  # (n,)
-            if self.split is None:
-                logits = self.call(**inputs, use_cache=False).logits[:, :-1][where]  # (n, vocabulary)
+            if self.split is None or (self.whole_graph and torch.is_grad_enabled()):
+                logits = self.model(**inputs, use_cache=False).logits[:, :-1][where]  # (n, vocabulary)
                 return F.cross_entropy(
                     logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum"
                 )

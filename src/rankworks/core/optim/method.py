@@ -31,6 +31,8 @@ class OptimizerMethod(HasSettings):
     spec: Any
     layerwise: ClassVar[bool] = True
     """Whether the step of a parameter needs no other's, so that it can be taken in the middle of the backward pass."""
+    closure: ClassVar[bool] = False
+    """Whether its step evaluates the loss itself, as often as it needs: step(closure), and no gradients before it."""
     trains: ClassVar[tuple[Trains, ...]] = ("model", "adapter")
     """What it can be used on: a whole model, the adapters on one."""
     try_with: ClassVar[Mapping[str, Any]] = {}
