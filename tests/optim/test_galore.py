@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.optim.projection import leading_basis, projected_shape
-from rankworks.optim.galore import ProjectedAdamW
+from rankworks.optim.galore import Projected
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
 
@@ -21,6 +21,12 @@ DEFAULTS: dict[str, Any] = {
     "side": "std",
     "betas": (0.9, 0.999),
     "eps": 1e-6,
+    "subspace": "svd",
+    "rule": "adamw",
+    "seed": 0,
+    "clip_threshold": 1.0,
+    "decay_rate": -0.8,
+    "beta1": 0.0,
     "weight_decay": 0.0,
 }
 
@@ -29,9 +35,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, ProjectedAdamW]:
+def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, Projected]:
     parameter = nn.Parameter(weight.clone())
-    optimizer = ProjectedAdamW([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
+    optimizer = Projected([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
     return parameter, optimizer
 
 
@@ -115,7 +121,7 @@ def test_full_rank_adam_is_not_adam() -> None:
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], lr=0.1, eps=1e-30, weight_decay=0.0)
     own = nn.Parameter(weight.clone())
-    unprojected = ProjectedAdamW([{"params": [own], "projected": False}], lr=0.1, **{**DEFAULTS, "eps": 1e-30})
+    unprojected = Projected([{"params": [own], "projected": False}], lr=0.1, **{**DEFAULTS, "eps": 1e-30})
     for i in range(3):
         gradient = G + draw(5, 5, seed=20 + i)
         step(rotated, optimizer, gradient)

@@ -1,16 +1,23 @@
 """GaLore: the optimizer runs on a projection of the gradient into a subspace that is found anew every so often.
 
-    every `refresh` steps   G = U S V^T,  P = U[:, :r] or Q = V[:, :r]           (core/optim/projection.py: which side)
-    every step              R = P^T G  or  G Q;  N = direction of AdamW on R     m, v of R's shape
-                            W <- W - lr_t scale back(N),  lr_t = lr sqrt(1 - b2^t) / (1 - b1^t)
+    every `refresh` steps   P (m, r) or Q (n, r): the leading singular vectors of G     (core/optim/subspace.py: how)
+    every step              R = P^T G  or  G Q;   N = direction of `rule` on R          (core/optim/projection.py: side)
+                            W <- W - lr_t scale back(N)
 
-with N = m / (sqrt(v) + eps): eps is not corrected for the bias, and decay comes after the step, as in the released
-code (`W <- W - lr decay W`); torch's AdamW differs there by eps alone. The moments are neither rotated nor reset when
-the subspace changes. What is projected are the matrices that `targets` names (every linear layer but the head, and no
-embedding), everything else is trained by the same rule without a projection.
+    rule adamw      N = m / (sqrt(v) + eps), lr_t = lr sqrt(1 - b2^t) / (1 - b1^t), then W <- W - lr decay W: eps is not
+                    corrected for the bias and decay comes after the step, as in the released code
+    rule adamw8bit  the same with moments in 8 bits (core/optim/moments.py) and eps as torch has it, like the
+                    released code with bitsandbytes; tensors that are not projected decay before the step
+    rule adafactor  N a step of Adafactor (core/optim/adafactor.py), its root mean square limited in the subspace;
+                    decay before the step
 
-State of a projected W (m, n), L and S its longer and shorter side: 2 r L moments and r S numbers of the basis. The
-basis is a function of a past gradient, so it is saved. r is at most S.
+The moments are neither rotated nor reset when the subspace changes. What is projected are the weights that `targets`
+names (every linear layer but the head, and no embedding), a matrix on one side or both, a tensor of more dimensions
+along each (Tucker); everything else is trained by the same rule without a projection.
+
+State of a projected W (m, n), L and S its longer and shorter side: r S numbers of the basis and 2 r L moments, L + r
+with adafactor. The basis is a function of a past gradient, so it is saved. r is at most S. The side is decided by W's
+shape; the released code looks at R's, which fails for reverse_std at r >= m.
 Source: arXiv:2403.03507, algorithms 1 and 2, and its released code.
 """
 
@@ -18,35 +25,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rankworks.core.draw import Draw
+from rankworks.core.errors import ConfigError
 from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.optim.adafactor import CLIP, DECAY, EPS, adafactor_numbers, adafactor_step
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
-from rankworks.core.optim.moments import adam_direction
-from rankworks.core.optim.projection import Basis, Side, add_back, leading_basis, projected_shape, sides
+from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
+from rankworks.core.optim.projection import Basis, Modes, Side, add_back, basis_numbers, projected_shape
 from rankworks.core.optim.stepwise import Stepwise, count_step
+from rankworks.core.optim.subspace import Subspace, find_basis, find_modes
 from rankworks.core.registry import optimizer
 from rankworks.core.targets import find_sites
+
+Rule = Literal["adamw", "adamw8bit", "adafactor"]
+SMALL = {"adamw": 1e-6, "adamw8bit": 1e-8, "adafactor": EPS}  # eps of each in the released code
+OF_ADAFACTOR = ("clip_threshold", "decay_rate", "beta1")
 
 
 @optimizer("galore", title="GaLore", year=2024, paper="arXiv:2403.03507")
 class GaLore(OptimizerMethod):
-    """AdamW in a subspace of every gradient."""
+    """AdamW, 8-bit AdamW or Adafactor in a subspace of every gradient."""
 
     rank: int = Rank(128, "rank r of the projected gradient")
     refresh: int = Setting(200, "steps from one subspace to the next", ge=1)
     scale: float = Positive(0.25, "factor on the projected step")
     side: Side = Setting("std", "which side of the gradient is projected; std: the shorter one")
+    subspace: Subspace = Setting("warm", "how the subspace is found: from the one before, from probes, or exactly")
+    rule: Rule = Setting("adamw", "the optimizer in the subspace")
     targets: str | list[str] = Setting("all-linear", "which weights are projected (see core/targets.py)")
-    betas: tuple[float, float] = Setting((0.9, 0.999), "decays of the two moments")
-    eps: float = Positive(1e-6, "added to the root, against division by zero")
+    betas: tuple[float, float] = Setting((0.9, 0.999), "decays of the two moments of adamw and adamw8bit")
+    eps: float | Literal["released"] = Setting("released", "added to the root; released: 1e-6, 1e-8 or 1e-30 by rule")
+    clip_threshold: float = Positive(CLIP, "adafactor: largest root mean square of a step before the rate")
+    decay_rate: float = Setting(DECAY, "adafactor: the mean of squares forgets with 1 - t^decay_rate", lt=0)
+    beta1: float = Setting(0.0, "adafactor: decay of the running mean of steps; 0 keeps none", ge=0, lt=1)
+    seed: int = Setting(0, "of the random probes of the first subspace")
+
+    @classmethod
+    def agree(cls, spec: Any) -> None:
+        """Settings of Adafactor are refused where another rule is used, and the other way round."""
+        super().agree(spec)
+        if spec.eps != "released" and not spec.eps > 0:
+            raise ConfigError(f"eps guards a division and must be above zero (given: {spec.eps}).")
+        fields = type(spec).model_fields
+        others = OF_ADAFACTOR if spec.rule != "adafactor" else ("betas",)
+        wrong = [name for name in others if getattr(spec, name) != fields[name].default]
+        if wrong:
+            owner = "adafactor" if spec.rule != "adafactor" else "adamw"
+            raise ConfigError(f"{', '.join(wrong)} belong to rule={owner}, but galore's rule is {spec.rule}.")
 
     def groups(self, model: nn.Module, lr: float) -> list[Group]:
         """The projected weights, and the others."""
-        chosen = {id(site.tensor) for site in find_sites(model, self.targets) if site.tensor.dim() == 2}
+        chosen = {id(site.tensor) for site in find_sites(model, self.targets) if site.tensor.dim() >= 2}
 
         def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
             return 1.0, {"projected": id(parameter) in chosen}
@@ -55,42 +89,84 @@ class GaLore(OptimizerMethod):
 
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""
-        defaults = {name: getattr(self, name) for name in ("rank", "refresh", "scale", "side", "betas", "eps")}
-        return ProjectedAdamW(groups, lr=lr, weight_decay=self.weight_decay, **defaults)
+        defaults = {name: getattr(self, name) for name in _SETTINGS}
+        return Projected(groups, lr=lr, **{**defaults, "eps": SMALL[self.rule] if self.eps == "released" else self.eps})
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
-        """2 r L + r S numbers of a projected weight, two of every other number."""
-        numbers = 2 * parameter.numel()
+        """The basis, and the rule's state of R; of other weights the rule's state."""
+        shape, basis, size = tuple(parameter.shape), 0, parameter.element_size()
         if group["projected"]:
-            shape, r = tuple(parameter.shape), min(self.rank, *parameter.shape)
-            basis = sum(r * length for length, yes in zip(shape, sides(shape, self.side), strict=True) if yes)
-            numbers = 2 * math.prod(projected_shape(shape, self.rank, self.side)) + basis
-        return numbers * parameter.element_size()
+            basis = size * basis_numbers(shape, self.rank, self.side)
+            shape = projected_shape(shape, self.rank, self.side)
+        if self.rule == "adafactor":
+            return basis + max(4, size) * adafactor_numbers(shape, self.beta1 > 0)
+        return basis + adam_bytes(math.prod(shape), size, 8 if self.rule == "adamw8bit" else None)
 
 
-class ProjectedAdamW(Stepwise):
-    """AdamW, on projected gradients in the groups marked `projected`. State: step, exp_avg, exp_avg_sq, P, Q."""
+_SETTINGS = [name for name in GaLore.Spec.model_fields if name not in ("optimizer", "targets")]
+
+
+class Projected(Stepwise):
+    """The rule on projected gradients in the groups marked `projected`. State: step, P, Q or U0, U1, ..., the rule's."""
 
     def __init__(self, groups: Iterable[Group], **defaults: Any):
         super().__init__(groups, projected=False, **defaults)
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
-        """One step along the direction of AdamW on R, taken back."""
+        """One step along the direction of the rule on R, taken back."""
         t = count_step(state)
         basis = self._basis(state, gradient, group, t)
-        R = gradient if basis is None else basis.into(gradient)
-        N, factor = adam_direction(state, R, t, group["betas"], group["eps"])
+        if group["rule"] == "adafactor":
+            _adafactor(parameter, gradient, state, group, t, basis)
+            return
+        bits, released = (8, False) if group["rule"] == "adamw8bit" else (None, True)
         if basis is None:
-            parameter.add_(N, alpha=-group["lr"] * factor)
-        else:
-            add_back(parameter, basis, N, -group["lr"] * factor * group["scale"])
+            adam_step(
+                parameter, gradient, state, t, group["betas"], group["eps"], group["lr"], group["weight_decay"],
+                released=released, bits=bits,
+            )  # fmt: skip
+            return
+        R = basis.into(gradient)
+        N, factor = adam_direction(state, R, t, group["betas"], group["eps"], released=released, bits=bits)
+        add_back(parameter, basis, N, -group["lr"] * factor * group["scale"])
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
-    def _basis(self, state: dict[str, Any], gradient: Tensor, group: Group, t: int) -> Basis | None:
+    def _basis(self, state: dict[str, Any], gradient: Tensor, group: Group, t: int) -> Basis | Modes | None:
+        """The subspace of this step, found anew where it is time; None where nothing is projected."""
         if not group["projected"]:
             return None
-        if (t - 1) % group["refresh"] == 0:
-            found = leading_basis(gradient, group["rank"], group["side"])
-            state |= {name: part for name, part in zip("PQ", found, strict=True) if part is not None}
-        return Basis(state.get("P"), state.get("Q"))
+        old = _read(state, gradient.dim())
+        if (t - 1) % group["refresh"]:
+            return old
+        draw = Draw(group["seed"], f"{self.name}:subspace:{t}")
+        if gradient.dim() > 2:
+            modes = find_modes(gradient, group["rank"], group["subspace"], old, draw)  # type: ignore[arg-type]
+            state |= {f"U{i}": part for i, part in enumerate(modes.factors) if part is not None}
+            return modes
+        found = find_basis(gradient, group["rank"], group["side"], group["subspace"], old, draw)  # type: ignore[arg-type]
+        state |= {name: part for name, part in zip("PQ", found, strict=True) if part is not None}
+        return found
+
+
+def _read(state: dict[str, Any], dimensions: int) -> Basis | Modes | None:
+    """The basis in the state, None where there is none yet; where every mode is left as it is there never is one."""
+    if dimensions > 2:
+        return Modes(tuple(state.get(f"U{i}") for i in range(dimensions)))
+    return Basis(state.get("P"), state.get("Q")) if "P" in state or "Q" in state else None
+
+
+def _adafactor(
+    parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, t: int, basis: Basis | Modes | None
+) -> None:
+    R = gradient if basis is None else basis.into(gradient)
+    step = adafactor_step(
+        state, R, t, group["lr"], eps=group["eps"], clip=group["clip_threshold"], decay=group["decay_rate"],
+        beta1=group["beta1"] or None,
+    )  # fmt: skip
+    if group["weight_decay"]:
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    if basis is None:
+        parameter.sub_(step)
+    else:
+        add_back(parameter, basis, step, -group["scale"])

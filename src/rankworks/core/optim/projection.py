@@ -6,10 +6,15 @@
 
 P and Q have orthonormal columns. `std` projects the short side, so that what an optimizer keeps lies along the long
 one: right for m >= n, left for m < n; `reverse_std` the other way round.
+
+A tensor (d1, ..., dk) of more than two dimensions is projected along each of them, R = G x_1 U1^T x_2 U2^T ... of shape
+(r1, ..., rk), r_i = min(r, d_i), U_i the leading left singular vectors of its unfolding (d_i, rest): a Tucker form. A
+dimension no longer than r is left as it is, since turning it would lose and save nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +42,28 @@ class Basis(NamedTuple):
         return step if self.Q is None else step @ self.Q.t()
 
 
+class Modes(NamedTuple):
+    """The columns that are kept along each dimension of a tensor; None where one is left as it is."""
+
+    factors: tuple[Tensor | None, ...]  # (d_i, r)
+
+    def into(self, G: Tensor) -> Tensor:
+        """R of G."""
+        return _along(G, [None if U is None else U.t() for U in self.factors])
+
+    def back(self, N: Tensor) -> Tensor:
+        """The step of N in the subspace."""
+        return _along(N, self.factors)
+
+
+def _along(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Multiply each dimension by its matrix (new, old)."""
+    for i, matrix in enumerate(matrices):
+        if matrix is not None:
+            tensor = torch.tensordot(matrix, tensor, ([1], [i])).movedim(0, i)
+    return tensor.contiguous()
+
+
 def sides(shape: tuple[int, ...], side: Side) -> tuple[bool, bool]:
     """Return whether the left and whether the right side of a matrix (m, n) is projected."""
     m, n = shape
@@ -58,16 +85,29 @@ def _own(columns: Tensor, G: Tensor) -> Tensor:
     return columns.to(G.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, int]:
+def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
     """Return the shape of R."""
+    if len(shape) > 2:
+        return tuple(min(d, rank) for d in shape)
     left, right = sides(shape, side)
     r = min(rank, *shape)
     return (r if left else shape[0], r if right else shape[1])
 
 
-def add_back(parameter: Tensor, basis: Basis, N: Tensor, size: float) -> None:
-    """Add size * back(N) to a parameter (m, n) in place, without the step as a matrix of its own."""
-    if basis.P is not None and basis.Q is not None:
+def basis_numbers(shape: tuple[int, ...], rank: int, side: Side) -> int:
+    """Return how many numbers a basis has."""
+    if len(shape) > 2:
+        return sum(d * rank for d in shape if d > rank)
+    r = min(rank, *shape)
+    return sum(r * d for d, projected in zip(shape, sides(shape, side), strict=True) if projected)
+
+
+def add_back(parameter: Tensor, basis: Basis | Modes, N: Tensor, size: float) -> None:
+    """Add size * back(N) to a parameter in place; to a matrix without the step as a matrix of its own."""
+    N = N.to(parameter.dtype)
+    if isinstance(basis, Modes):
+        parameter.add_(basis.back(N), alpha=size)
+    elif basis.P is not None and basis.Q is not None:
         parameter.addmm_(basis.P @ N, basis.Q.t(), alpha=size)
     elif basis.P is not None:
         parameter.addmm_(basis.P, N, alpha=size)

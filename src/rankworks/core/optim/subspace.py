@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rankworks.core.draw import Draw
-from rankworks.core.optim.projection import Basis, Side, leading_basis, sides
+from rankworks.core.optim.projection import Basis, Modes, Side, leading_basis, sides
 from rankworks.linalg import randomised_svd
 from rankworks.linalg.orthonormal import orthonormal
 
@@ -63,3 +63,18 @@ def _continued(G: Tensor, old: Basis) -> Basis | None:
     if old.Q is None:
         return Basis(columns, None)
     return Basis(None if old.P is None else orthonormal(G @ columns), columns)
+
+
+def find_modes(
+    G: Tensor, rank: int, how: Subspace = "warm", old: Modes | None = None, draw: Draw | None = None
+) -> Modes:
+    """Return the basis of a tensor of more than two dimensions along each that is longer than `rank`."""
+    found: list[Tensor | None] = []
+    for i, length in enumerate(G.shape):
+        if length <= rank:
+            found.append(None)
+            continue
+        before = None if old is None or old.factors[i] is None else Basis(old.factors[i], None)
+        unfolded = G.movedim(i, 0).reshape(length, -1)
+        found.append(find_basis(unfolded, rank, "left", how, before, draw).P)
+    return Modes(tuple(found))
