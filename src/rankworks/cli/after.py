@@ -42,10 +42,12 @@ def show_result(out: Output, config: RunConfig, result: RunResult, report: Path 
         cost["chosen"] = in_words(result.chosen)
     if result.adapter:
         cost["adapter"] = f"{short(result.adapter)}  ({size(result.adapter_bytes)})"
+    if result.model:
+        cost["model"] = f"{short(result.model)}  ({size(result.model_bytes)})"
     if report is not None:
         cost["report"] = f"{short(report)}  (open it in a browser)"
     out.show(facts(cost))
-    if result.adapter:
+    if result.adapter or result.model:
         out.head("try next")
         for line in next_commands(config, result):
             out.show("  " + line, soft_wrap=True)
@@ -77,6 +79,8 @@ def measures(result: RunResult):
 
 def next_commands(config: RunConfig, result: RunResult) -> list[str]:
     """Return three commands that work as they stand."""
+    if config.adapt is None:
+        return _after_whole(config, result)
     adapter, model = short(str(result.adapter)), config.model.name if config.model else ""
     folder = Path(short(str(result.output)))
     first = command("inspect", adapter, "--model", model)
@@ -85,6 +89,15 @@ def next_commands(config: RunConfig, result: RunResult) -> list[str]:
         other = folder.with_name(f"{folder.name}-dora")
         return [first, second, command("train", folder, "adapt.delta=dora", "--output", other)]
     return [first, second, command("export", adapter, "--model", model, "--kind", "lora", "--output", folder / "lora")]
+
+
+def _after_whole(config: RunConfig, result: RunResult) -> list[str]:
+    """What to do with a model that was trained as a whole: adapt it, train it on, see what another optimizer needs."""
+    folder, model = Path(short(str(result.output))), short(str(result.model))
+    own = [f"model.name={model}", "model.start=pretrained", "model.tokenizer=null"]
+    adapted = command("train", folder, *own, "adapt={delta: lora}", "--output", folder.with_name(f"{folder.name}-lora"))
+    on = command("train", folder, *own, "--output", folder.with_name(f"{folder.name}-on"))
+    return [adapted, on, command("plan", "--model", model, "--delta", "lora")]
 
 
 def summary_line(result: RunResult, report: Path | None) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _settings(texts: list[str]) -> dict[str, Any]:
 def _known(model: str) -> str:
     """Return the folder of a sample model that has no built-in shape, else what was given."""
     from rankworks.core.hub import sample_models
-    from rankworks.plan.shapes import find_shape
+    from rankworks.core.hub.shapes import find_shape
 
     if find_shape(model) is None:
         for sample in sample_models():

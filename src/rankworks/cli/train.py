@@ -46,6 +46,7 @@ def train(
       rankworks train smollm2-bbc-lora                  a recipe, by name
       rankworks train my.yaml optim.lr=1e-3 train.steps=100
       rankworks train my.yaml adapt.delta=dora -o runs/dora
+      rankworks train my.yaml adapt=none optim.name=galore    the whole model
       rankworks train my.yaml --json | tail -1          for a program
 
     Shown at the end: the measurement before and after, the model's answers
@@ -109,7 +110,8 @@ def read(path: Path, overrides: list[str], folder: Path | None = None) -> RunCon
     from rankworks.train.config import load_config
 
     config = load_config(path, overrides)
-    AdaptSpec.from_flat({"delta": "lora", **config.adapt}, f"{path}: adapt")
+    if config.adapt is not None:
+        AdaptSpec.from_flat({"delta": "lora", **config.adapt}, f"{path}: adapt")
     missing = [block for block in ("model", "data") if getattr(config, block) is None]
     if missing:
         raise ConfigError(

@@ -14,6 +14,7 @@ def title(config: RunConfig) -> str:
 
     data = config.data
     source = (data.name or data.path or data.train) if data else "no data"
-    key = str(config.adapt.get("delta", "lora"))
-    method = next((m.title for m in methods("delta") if m.key == key), key)
-    return f"{config.model.name if config.model else 'no model'} on {source} with {method}"
+    name = config.model.name if config.model else "no model"
+    axis, key = ("delta", str(config.adapt.get("delta", "lora"))) if config.adapt else ("optimizer", config.optim.name)
+    method = next((m.title for m in methods(axis) if m.key == key), key)
+    return f"{name} on {source} with {method}" if config.adapt else f"all of {name} on {source} by {method}"

@@ -4,7 +4,7 @@ from rankworks.core.callable import make_callable
 from rankworks.plan.compared import compare, rank_for_budget
 from rankworks.plan.make import plan
 from rankworks.plan.result import Comparison, Fit, Plan
-from rankworks.plan.shapes import shape_names
+from rankworks.core.hub.shapes import shape_names
 from rankworks.plan.states import optimizer_bytes
 from rankworks.plan.units import format_bytes, parse_bytes
 

@@ -28,7 +28,7 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
 from rankworks.core.holders import is_quantised
 from rankworks.core.hub.reach import hub_reachable
-from rankworks.plan.shapes import find_shape, shape_names
+from rankworks.core.hub.shapes import find_shape, shape_names
 
 BUILDERS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,

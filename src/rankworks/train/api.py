@@ -7,7 +7,7 @@ What a run leaves in its output folder:
     before.json      the measurement of the base model
     metrics.jsonl    one line per step
     checkpoints/     the newest whole checkpoints
-    adapter/         the trained adapter
+    adapter/         the trained adapter; model/ in its place where the whole model was trained
     result.json      the `RunResult`, written last: a folder without it holds an unfinished run
 """
 
@@ -45,6 +45,7 @@ from rankworks.train.result import Confusion, RunResult, Shown
 from rankworks.train.search import FOUND, chosen_spec, must_search, search, widest
 from rankworks.train.sources import DataConfig, Task, load_task
 from rankworks.train.standing import record, unfinished
+from rankworks.train.whole import save_model, train_whole
 
 Source = RunConfig | Mapping[str, Any] | str | Path
 
@@ -62,6 +63,8 @@ def run(
 ) -> RunResult:
     """Load the model and the data of a configuration, measure, adapt, train, measure again and save the adapter.
 
+    With `adapt: none` the whole model is trained and saved.
+
     config: a `RunConfig`, a mapping, or the path of a YAML file; overrides: `key=value`, e.g. "optim.lr=1e-3".
     resume: go on with an unfinished run that the output folder holds; False starts over. Raises `RankworksError`s.
     """
@@ -74,9 +77,21 @@ def run(
         labels = task.classes if config.model.task == "classification" else None
         device = config.model.device or state.device
         settings = config.model
-        model, tokenizer = load_model(settings.name, settings.dtype, device, settings.task, labels=labels)
+        model, tokenizer = load_model(
+            settings.name,
+            settings.dtype,
+            device,
+            settings.task,
+            labels=labels,
+            seed=config.train.seed,
+            start=settings.start,
+            tokenizer=settings.tokenizer,
+        )
     if config.output is None:
-        config.output = f"runs/{task.title}-{config.adapt.get('delta', 'lora')}".replace(" ", "-").lower()
+        what = config.optim.name if config.adapt is None else config.adapt.get("delta", "lora")
+        config.output = f"runs/{task.title}-{what}".replace(" ", "-").lower()
+    if config.adapt is None:
+        return _Job(train_whole(model), tokenizer, task, config, resume, progress).run(hooks, progress)
     heads = [n for n, _ in model.named_children() if n in HEADS] if settings.task == "classification" else []
     spec = AdaptSpec.from_flat({"delta": "lora", "seed": config.train.seed, "full": heads, **config.adapt})
     searching = must_search(spec)
@@ -181,6 +196,10 @@ class _Job:
         processes().wait_for_everyone()
         loop.run()
         result = _result(model, loop, self.before, self.evaluator.measure(model), self.folder)
+        if self.folder is not None and not result.adapter:
+            result.model = str(self.folder / "model")
+            if self.main:
+                result.model_bytes = save_model(model, self.prepared.tokenizer, self.folder / "model")
         if self.folder is not None and self.main:
             atomic_write(self.folder / "result.json", json.dumps(result.to_dict(), indent=1))
         processes().wait_for_everyone()

@@ -30,6 +30,10 @@ class ModelConfig(Config):
     """Which model: a sample name, a local folder or a hub id."""
 
     name: str = Field(description="sample name, local folder or hub id")
+    start: Literal["pretrained", "random"] = Field(
+        default="pretrained", description="random: new weights; then name may be a shape, e.g. llama-60m"
+    )
+    tokenizer: str | None = Field(default=None, description="model whose tokenizer is taken; by default its own")
     dtype: Dtype = Field(default="float32", description="type of the base weights")
     device: str | None = Field(default=None, description="cpu, cuda, mps, ...; by default the fastest there is")
     task: Literal["causal-lm", "classification"] = Field(
@@ -167,8 +171,9 @@ class RunConfig(Config):
 
     model: ModelConfig | None = Field(default=None, description="the base model")
     data: DataConfig | None = Field(default=None, description="what it learns from")
-    adapt: dict[str, Any] = Field(
-        default_factory=lambda: {"delta": "lora"}, description="delta, targets, init and the settings of the method"
+    adapt: dict[str, Any] | None = Field(
+        default_factory=lambda: {"delta": "lora"},
+        description="delta, targets, init and the settings of the method; none: the whole model is trained",
     )
     calibrate: CalibrateConfig = Field(
         default_factory=lambda: CalibrateConfig(), description="what is measured on data before adapting"
@@ -181,12 +186,26 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
     output: str | None = Field(default=None, description="folder for the adapter, checkpoints, metrics and the result")
 
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """YAML's `none` is a word, its `null` is not: both mean no adapter."""
+        return None if value == "none" else value
+
 
 def load_config(source: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the configuration of a YAML file, a mapping or a `RunConfig`, with `key=value` overrides applied.
 
     Keys are dotted (`optim.lr=1e-3`), values are read as YAML. Raises `ConfigError` with every problem at once.
     """
+    values, where = read_values(source, overrides)
+    return read(RunConfig, values, where)
+
+
+def read_values(
+    source: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """Return the plain values of a configuration with overrides applied, and the path they came from, or nothing."""
     where = ""
     if isinstance(source, RunConfig):
         values: dict[str, Any] = source.model_dump()
@@ -195,7 +214,7 @@ def load_config(source: RunConfig | Mapping[str, Any] | str | Path, overrides: S
     else:
         where = str(source)
         values = _read_yaml(Path(source))
-    return read(RunConfig, override(values, overrides), where)
+    return override(values, overrides), where
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

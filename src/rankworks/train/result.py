@@ -33,7 +33,8 @@ class RunResult:
     before, after: metrics on the evaluation data ("accuracy" for classification; "exact_match", "loss", "perplexity"
     for completions; "loss", "perplexity" for text). losses: mean training loss of every step. tokens_per_second counts
     tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
-    adapter's selection chose, layers or modules; None without one.
+    adapter's selection chose, layers or modules; None without one. model: where the model lies that was trained as a
+    whole, None beside an adapter.
     """
 
     before: dict[str, float]
@@ -52,6 +53,8 @@ class RunResult:
     confusion: Confusion | None = None
     output: str | None = None
     chosen: list[str] | None = None
+    model: str | None = None
+    model_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rankworks.core.errors import ConfigError, DownloadError, UnknownNameError, did_you_mean
+from rankworks.core.hub.fresh import fresh_config, fresh_model
 from rankworks.core.hub.models import sample_models
 from rankworks.core.hub.quiet import quiet
 from rankworks.core.hub.reach import hub_reachable
+from rankworks.core.hub.shapes import find_shape, shape_names
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -32,6 +34,8 @@ def load_model(
     num_labels: int | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    start: str = "pretrained",
+    tokenizer: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Return `(model, tokenizer)`, the model in eval mode.
 
@@ -46,17 +50,27 @@ def load_model(
     new and trained either way, and a pooling of our own would be a class that no other library loads.
     For embeddings as they are, take `task="encoder"` and average the last hidden state over the attention mask.
 
-    A tokenizer without a padding token pads with its end-of-text token. Only safetensors are read, and code that comes
-    with a model is never run. Raises `UnknownNameError`, `ConfigError` or `DownloadError`.
+    A tokenizer without a padding token pads with its end-of-text token.
+
+    `start="random"` draws new weights from `seed` in place of reading any, to train a language model from nothing; then
+    `name_or_path` may also be a built-in shape such as llama-60m (`rankworks.plan.shape_names()`). `tokenizer` names
+    the model whose tokenizer is taken, which such a shape needs.
+
+    Only safetensors are read, and code that comes with a model is never run. Raises `UnknownNameError`, `ConfigError`
+    or `DownloadError`.
     """
     cls = TASKS.get(task)
     if cls is None:
         raise ConfigError(f"unknown task '{task}'.{did_you_mean(task, TASKS)}")
+    if start == "random":
+        return _fresh(str(name_or_path), tokenizer, dtype, device, task, seed)
+    if start != "pretrained":
+        raise ConfigError(f"a model starts 'pretrained' or 'random', not {start!r}.")
     where, local = _resolve(str(name_or_path), task)
     options: dict[str, Any] = {"local_files_only": local or not hub_reachable()}
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            reader = _tokenizer(where if tokenizer is None else str(tokenizer), options)
             config = AutoConfig.from_pretrained(where, **options)
             if task == "classification":
                 _set_labels(config, num_labels, labels)
@@ -65,8 +79,40 @@ def load_model(
             if isinstance(error, ConfigError):
                 raise
             raise _unloadable(str(name_or_path), where, local, task, error) from error
-    _set_padding(model, tokenizer)
-    return model.to(device).eval() if device is not None else model.eval(), tokenizer
+    _set_padding(model, reader)
+    return model.to(device).eval() if device is not None else model.eval(), reader
+
+
+def _fresh(name: str, tokenizer: str | Path | None, dtype: Any, device: Any, task: str, seed: int) -> tuple[Any, Any]:
+    """Return a model of new weights with a tokenizer."""
+    if task != "causal-lm":
+        raise ConfigError(f"only language models start from random weights, not task '{task}'.")
+    shaped = find_shape(name) is not None
+    if shaped and tokenizer is None:
+        raise ConfigError(f"{name} is a shape without a tokenizer: give one, e.g. tokenizer: smollm2-135m.")
+    if not shaped and "Did you mean" in (hint := did_you_mean(name, shape_names())):
+        raise UnknownNameError(f"no model shape is called {name!r}.{hint}")
+    where, local = (None, True) if shaped else _resolve(name, task)
+    options: dict[str, Any] = {"local_files_only": local or not hub_reachable()}
+    with quiet():
+        try:
+            reader = _tokenizer(str(where if tokenizer is None else tokenizer), options)
+            config = fresh_config(name, where, options)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise _unloadable(name, str(where or tokenizer), local, task, error) from error
+    if reader.pad_token_id is None and reader.eos_token_id is not None:
+        reader.pad_token = reader.eos_token
+    model = fresh_model(config, reader, dtype, seed)
+    return model.to(device).eval() if device is not None else model.eval(), reader
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+    """Return the tokenizer of a sample model, a folder or a hub id."""
+    samples = {sample.name: sample for sample in sample_models()}
+    where = str(samples[name].folder()) if name in samples else name
+    return AutoTokenizer.from_pretrained(where, **options)
 
 
 def _resolve(name: str, task: str) -> tuple[str, bool]:

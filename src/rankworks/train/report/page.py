@@ -59,14 +59,16 @@ def headline(evidence: Evidence) -> str:
     """Return what was trained: `smollm2-135m on bbc-news with LoRA (rank 16)`."""
     from rankworks.core.registry import methods
 
-    adapt, data = evidence.config.get("adapt") or {}, evidence.config.get("data") or {}
+    adapt, data = evidence.config.get("adapt"), evidence.config.get("data") or {}
+    source = data.get("name") or data.get("path") or data.get("train") or "its data"
+    model = (evidence.config.get("model") or {}).get("name", "a model")
+    if adapt is None:
+        return f"{model} on {source}, trained as a whole"
     key = str(adapt.get("delta", "lora"))
     title = next((m.title for m in methods("delta") if m.key == key), key)
     title += f" (rank {adapt['rank']})" if "rank" in adapt else ""
     init = adapt.get("init")
     title += f" from {init.get('init') if isinstance(init, dict) else init}" if init else ""
-    source = data.get("name") or data.get("path") or data.get("train") or "its data"
-    model = (evidence.config.get("model") or {}).get("name", "a model")
     return f"{model} on {source} with {title}"
 
 
@@ -98,7 +100,7 @@ def _cost(evidence: Evidence) -> str:
         {
             "trainable": f"{result.trainable_parameters:,}",
             f"of {result.total_parameters:,}": f"{share:.3g} %",
-            "adapter file": size(result.adapter_bytes),
+            "model file" if result.model else "adapter file": size(result.model_bytes or result.adapter_bytes),
             f"for {result.steps} steps": duration(result.seconds),
             "tokens per second": f"{result.tokens_per_second:,.0f}",
             "peak memory": size(result.peak_memory_bytes),
