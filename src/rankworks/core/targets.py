@@ -116,7 +116,7 @@ def find_sites(
     candidates = list(_candidates(model, kinds))
     depth = _depth(candidates)
     unwanted = as_patterns(exclude) if exclude else []
-    heads = _heads(model)
+    heads = output_heads(model)
     chosen: dict[str, Site] = {}
     problems = []
     for pattern in as_patterns(targets):
@@ -272,8 +272,8 @@ def _parts(pattern: Pattern, site: Site) -> list[Site]:
     return [Site(site.path, "rows", site.module, rows=(start, stop))]
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """The identities of the output heads, which `all-linear` leaves out."""
+def output_heads(model: nn.Module) -> set[int]:
+    """Return the identities of the modules of the output heads, which `all-linear` leaves out."""
     heads = set()
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
