@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.fields import Positive, Probability, Rank, Setting
 from rankworks.core.inputs import Input, dropout, linear
-from rankworks.core.kernels import fits, lowrank_linear, lowrank_row_norms, write
+from rankworks.core.kernels import alone, fits, lowrank_linear, lowrank_row_norms, write
 from rankworks.core.share import SharedInput
 from rankworks.core.site import Shape
 from rankworks.core.start import Init, Place, begin
@@ -95,6 +95,7 @@ class Pair(Delta):
     rank: Any
     scale: Any  # what multiplies B A
     nested: Nested | None = None  # set by a schedule that trains many ranks at once
+    held: Literal["A", "B"] | None = None  # the factor that gets no gradient now; an optimizer that alternates sets it
 
     @property
     def pair(self) -> Delta | None:
@@ -177,7 +178,12 @@ class LowRank(Pair, Factored):
         Written with differences, the change is zero to the bit at the start on every backend, and a small change
         keeps its digits in a 16-bit type, where B A x - B0 A0 x would lose them to cancellation.
         """
-        return self._product(self.B, self.A)
+        if self.held is None:
+            return self._product(self.B, self.A)
+        if self.held == "A":
+            return self._product(*alone(self.B, self.A))
+        A, B = alone(self.A, self.B)
+        return self._product(B, A)
 
     def gated(self, gate: Tensor) -> Factors:
         """(scale B, diag(gate) A), less the start: the gate acts on what is trained."""

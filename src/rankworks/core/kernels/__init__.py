@@ -5,6 +5,7 @@ which is what it computes and what runs where a hand-written one would be in the
 forward-mode derivatives); the tests hold the two together.
 """
 
+from rankworks.core.kernels.alone import alone
 from rankworks.core.kernels.drop import dropout
 from rankworks.core.kernels.folded import folded_linear, folds
 from rankworks.core.kernels.lowrank import Reading, fits, lowrank_linear, read, write
@@ -15,6 +16,7 @@ from rankworks.core.kernels.whole import whole_linear
 __all__ = [
     "Reading",
     "add_entries",
+    "alone",
     "dropout",
     "fits",
     "folded_linear",
