@@ -131,7 +131,7 @@ def test_it_converges_on_a_quadratic_from_rankings_alone() -> None:
         seen = [float(loss()) for _ in candidates]
         return sorted(candidates, key=seen.__getitem__)[:1]
 
-    optimizer = RankSGD([x], lr=0.5, candidates=6, ranked=1, radius=0.02, line_search=10)
+    optimizer = RankSGD([x], lr=0.5, candidates=6, ranked=1, radius=0.02, line_search=8)
     for _ in range(300):
         optimizer.step(oracle=oracle)
     assert float(loss()) < 1e-4 * first
@@ -149,7 +149,7 @@ def test_it_converges_on_a_quadratic_from_rankings_alone() -> None:
 def test_with_a_line_search_the_loss_never_rises_and_is_returned() -> None:
     x = start()
     loss = quadratic(x)
-    optimizer = RankSGD([x], lr=2.0, candidates=3, ranked=1, radius=0.3, line_search=4)
+    optimizer = RankSGD([x], lr=2.0, candidates=3, ranked=1, radius=0.3, line_search=2)
     seen, failed = [float(loss())], 0
     for _ in range(60):
         assert float(optimizer.step(loss)) == pytest.approx(seen[-1])
@@ -161,7 +161,7 @@ def test_with_a_line_search_the_loss_never_rises_and_is_returned() -> None:
 
 def test_the_line_is_halved_and_ends_with_the_best_candidate_and_the_weights() -> None:
     x = start()
-    optimizer = RankSGD([x], lr=0.4, candidates=4, ranked=1, radius=0.1, line_search=5)
+    optimizer = RankSGD([x], lr=0.4, candidates=4, ranked=1, radius=0.1, line_search=3)
     z, before = perturbations(x, optimizer, 4), x.detach().clone()
     points: list[Tensor] = []
 
@@ -180,8 +180,8 @@ def test_the_line_is_halved_and_ends_with_the_best_candidate_and_the_weights() -
 
 def test_directions_of_failed_rounds_are_averaged_until_one_succeeds() -> None:
     x = start()
-    optimizer = RankSGD([x], lr=0.4, candidates=4, ranked=1, radius=0.1, line_search=3)
-    answers = [2, 2, 1, 2]  # of the line of three: x itself is 2
+    optimizer = RankSGD([x], lr=0.4, candidates=4, ranked=1, radius=0.1, line_search=1)
+    answers = [2, 2, 1, 2]  # of three points: x itself is 2
     directions, before = [], x.detach().clone()
     for round_, answer in enumerate(answers):
         z = perturbations(x, optimizer, 4)
@@ -197,7 +197,7 @@ def test_directions_of_failed_rounds_are_averaged_until_one_succeeds() -> None:
 def test_a_closure_is_not_asked_twice_for_one_point() -> None:
     x, calls = start(), []
     loss = quadratic(x)
-    for line_search, wanted in ((0, 6), (5, 6 + 4)):
+    for line_search, wanted in ((0, 6), (3, 6 + 4)):
         optimizer = RankSGD([x], lr=0.1, candidates=6, line_search=line_search)
         calls.clear()
         optimizer.step(lambda: calls.append(1) or loss())
@@ -210,7 +210,7 @@ def test_a_closure_is_not_asked_twice_for_one_point() -> None:
 def test_a_person_chooses_the_best_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     """The docstring's ten lines, with a scripted person who likes what the model says to be small."""
     model = nn.Linear(6, 3)
-    optimizer = rw.make_optimizer(model, "zo-ranksgd", lr=0.5, candidates=4, ranked=1, radius=0.1, line_search=4)
+    optimizer = rw.make_optimizer(model, "zo-ranksgd", lr=0.5, candidates=4, ranked=1, radius=0.1, line_search=3)
     shown: list[Tensor] = []
     monkeypatch.setattr("builtins.input", lambda prompt: str(min(range(len(shown)), key=lambda i: shown[i].norm())))
     noise = torch.ones(6)
@@ -273,9 +273,8 @@ def test_losses_that_are_not_finite_come_last_and_too_many_of_them_stop_it() -> 
 def test_it_asks_for_what_it_needs() -> None:
     with pytest.raises(TrainingError, match=r"call step\(closure\)"):
         RankSGD([start()]).step()
-    for settings, told in (({"line_search": 2}, "3 or more"), ({"candidates": 3, "ranked": 4}, "lower ranked")):
-        with pytest.raises(ConfigError, match=told):
-            rw.make_optimizer(nn.Linear(2, 2), "zo-ranksgd", **settings)
+    with pytest.raises(ConfigError, match="lower ranked"):
+        rw.make_optimizer(nn.Linear(2, 2), "zo-ranksgd", candidates=3, ranked=4)
 
 
 # ---- memory, types and runs --------------------------------------------------------------------------------------

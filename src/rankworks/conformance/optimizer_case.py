@@ -102,6 +102,9 @@ class Run:
     def _step(self) -> None:
         self.optimizer.zero_grad()
         self._call("before_forward")
+        if self.optimizer.closure:
+            self.optimizer.step(lambda: language_loss(self.model, self.done % 3))
+            return
         with self.layerwise.doing("step") if self.layerwise is not None else contextlib.nullcontext():
             language_loss(self.model, self.done % 3).backward()
         add_penalties(self.hooks, self._moment())

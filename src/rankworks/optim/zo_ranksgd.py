@@ -6,7 +6,7 @@
     x            <- x + lr d
 
 d is the mean over the known pairs of (better - worse), so it points where things become better. With a `line_search`
-of q points there is a second question: x + lr 2^-j D for j = 0 .. q - 3, the best candidate of the first, and x
+of q points there is a second question: x + lr 2^-j D for j = 0 .. q - 1, the best candidate of the first, and x
 itself; the best of them is the new x. Where that is x, the round has failed: D is the mean of the d of the failed
 rounds since the last success and of this one. So with a line search the objective never gets worse.
 
@@ -14,7 +14,7 @@ Anything that can be ranked can be learned. A closure returns a loss, and its lo
 of it gives the same steps): `optimizer.step(closure)`. An oracle is asked; going through the candidates puts the model
 at each of them in turn, and it answers with their numbers, the best first. A person, for example:
 
-    optimizer = rw.make_optimizer(model, "zo-ranksgd", lr=0.5, candidates=4, ranked=1, line_search=4)
+    optimizer = rw.make_optimizer(model, "zo-ranksgd", lr=0.5, candidates=4, ranked=1, line_search=3)
 
     def person(candidates):
         for number in candidates:
@@ -27,7 +27,7 @@ at each of them in turn, and it answers with their numbers, the best first. A pe
 Candidates are drawn anew from (seed, round, number, the parameter's name) whenever they are needed, on the parameter's
 own device (another kind of device draws other numbers), so that none is stored: a step takes the memory of inference
 and one copy of what is trained; the state is D with a line search, and nothing without. A step costs m evaluations, and
-q - 1 more with a line search. x is put back from its copy, so nothing drifts as it does where noise is added and
+q + 1 more with a line search. x is put back from its copy, so nothing drifts as it does where noise is added and
 subtracted again. At a rate of zero nothing moves.
 
 The released code weighs a ranked candidate with m - 2 p, one more than above, which adds k/|E| times the mean of the
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,25 +60,21 @@ class ZORankSGD(OptimizerMethod):
 
     layerwise = False
     closure = True
+    try_with: ClassVar = {"line_search": 4, "radius": 3e-3}
 
     candidates: int = Setting(8, "m: how many random points are ranked", ge=2)
     ranked: int | None = Setting(None, "k: how many of them the ranking names, the best first; None: all", ge=1)
     radius: float = Positive(1e-2, "mu: standard deviation of the candidates around the weights")
-    line_search: int = Setting(0, "q: points of the line search, at least 3; 0: steps of a fixed rate", ge=0)
+    line_search: int = Setting(0, "q: points on the line, each half as far as the one before; 0: a fixed rate", ge=0)
     weights: Weights = Setting("published", "released: ranked candidates weigh one more, as in the released code")
     seed: int = Setting(0, "seed of the candidates")
 
     @classmethod
     def agree(cls, spec: Any) -> None:
-        """Refuse rankings longer than what is ranked, and a line search without a line."""
+        """Refuse rankings longer than what is ranked."""
         if spec.ranked is not None and spec.ranked > spec.candidates:
             raise ConfigError(
                 f"zo-ranksgd: ranked={spec.ranked} of candidates={spec.candidates} cannot be named: lower ranked."
-            )
-        if spec.line_search in (1, 2):
-            raise ConfigError(
-                "zo-ranksgd: a line search has the weights themselves, the best candidate and at least one point on "
-                "the line: set line_search to 3 or more, or to 0 for none."
             )
 
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
@@ -210,8 +206,8 @@ class RankSGD(torch.optim.Optimizer):
                 state["direction"] = found
             else:
                 state["direction"].lerp_(found, 1 / (group["failed"] + 1))
-        last = self.line_search - 1  # the weights themselves
-        line = Candidates(lambda j: self._along(j, order[0]), self.line_search, known=last - 1)
+        last = self.line_search + 1  # the weights themselves
+        line = Candidates(lambda j: self._along(j, order[0]), last + 1, known=last - 1)
         best = self._ask(judge, line, 1)[0]
         self._along(best, order[0])
         for group in self.param_groups:
@@ -259,13 +255,12 @@ class RankSGD(torch.optim.Optimizer):
 
     def _along(self, number: int, best: int) -> None:
         """The points of the line search: on the line, then the best candidate, then x."""
-        on_line = self.line_search - 2
-        if number == on_line:
+        if number == self.line_search:
             self._perturb(best)
             return
 
         def move(parameter: Tensor, name: str, group: Group) -> None:
-            if number < on_line:
+            if number < self.line_search:
                 parameter.add_(self.state[parameter]["direction"], alpha=group["lr"] * 0.5**number)
 
         self._place(move)

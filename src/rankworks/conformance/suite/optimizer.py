@@ -115,6 +115,7 @@ def rate_of_zero_moves_nothing(method: Method, case: OptimizerCase) -> None:
 @check("once", "optimizer")
 def what_has_no_gradient_stays(method: Method, case: OptimizerCase) -> None:
     """A parameter without a gradient is not changed, not even by decay, and nothing is kept for it."""
+    _reads_gradients(method)
 
     def drop(model: nn.Module) -> None:
         for parameter in _dropped(model):
@@ -176,6 +177,7 @@ def what_is_frozen_stays(method: Method, case: OptimizerCase) -> None:
 @check("variants", "optimizer")
 def decay_shrinks_matrices(method: Method, case: OptimizerCase) -> None:
     """With gradients of zero, weight decay makes the matrices smaller and leaves vectors alone."""
+    _reads_gradients(method)
 
     def silence(model: nn.Module) -> None:
         for parameter in model.parameters():
@@ -197,6 +199,11 @@ def optimizer_settings_round_trip(method: Method, case: OptimizerCase) -> None:
     again = build("optimizer", json.loads(spec.model_dump_json()))
     if again != spec:
         raise ConformanceError(str(spec), str(again), "a setting that JSON cannot hold")
+
+
+def _reads_gradients(method: Method) -> None:
+    if method.cls.closure:  # type: ignore[attr-defined]
+        raise NotApplicable("its step evaluates the loss itself, whatever gradients there are")
 
 
 def _same(wanted: dict[str, Tensor], got: dict[str, Tensor], what: str, where: str) -> None:
