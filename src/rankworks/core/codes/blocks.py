@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankworks.core.codes.nearest import nearest
+
 
 class Blocks(NamedTuple):
     """A quantised matrix."""
@@ -37,15 +39,13 @@ def quantise_blocks(weight: Tensor, book: Tensor, block: int = 64) -> Blocks:
     rows = _in_blocks(flat, block)
     scales = rows.abs().amax(1)  # (blocks,)
     book = book.to(flat)
-    middles = (book[1:] + book[:-1]) / 2
     relative = rows / torch.where(scales == 0, 1.0, scales).unsqueeze(1)
-    codes = torch.bucketize(relative, middles, out_int32=True)
-    return Blocks(codes.to(torch.uint8).reshape(-1)[: len(flat)], scales, book, block, weight.shape)
+    return Blocks(nearest(relative.view(-1)[: len(flat)], book), scales, book, block, weight.shape)
 
 
 def dequantise_blocks(found: Blocks) -> Tensor:
     """Return the tensor that the codes stand for, float32."""
-    values = _in_blocks(found.book[found.codes.int()], found.block) * found.scales.unsqueeze(1)
+    values = _in_blocks(found.book.index_select(0, found.codes.int()), found.block).mul_(found.scales.unsqueeze(1))
     return values.reshape(-1)[: len(found.codes)].reshape(found.shape)
 
 
