@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Factors
-from rankworks.core.fields import Positive, Probability, Rank
 from rankworks.core.inputs import linear
-from rankworks.core.lowrank import scale_of
 from rankworks.core.projected import Projected
 from rankworks.core.site import Shape
 from rankworks.core.start import Init, Place, begin
+from rankworks.core.triple import Triple
 
 
-class Cored(Projected):
+class Cored(Triple, Projected):
     """Three factors, of which the core is trained."""
-
-    rank: int = Rank(16)
-    alpha: float = Positive(16.0, "numerator of the scale alpha/rank")
-    dropout: float = Probability(0.0, "probability of dropping an input in training")
 
     decomposes: ClassVar[bool] = True  # `bases_of` takes time, so it is not asked where other bases will be given
 
@@ -37,11 +32,6 @@ class Cored(Projected):
     B: Tensor
     R: nn.Parameter
     R0: Tensor | None
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return scale_of(self.alpha, self.rank)
 
     def bases_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return B (out, r) and A (r, in) for a weight (out, in), the same at every call."""
@@ -96,21 +86,6 @@ class Cored(Projected):
     def factors(self) -> Factors:
         """Exact at rank r: (s B (R - R0), A)."""
         return Factors(self.B @ self.core, self.A)
-
-    @classmethod
-    def factored_rank(cls, spec: Any) -> int:
-        """The rank of the three factors."""
-        return spec.rank
-
-    @classmethod
-    def factor_count(cls, spec: Any) -> int:
-        """Three."""
-        return 3
-
-    @classmethod
-    def inner_rank(cls, spec: Any, shape: Shape) -> int:
-        """The rank."""
-        return spec.rank
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:

@@ -20,20 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Factors
-from rankworks.core.fields import Positive, Probability, Rank
-from rankworks.core.lowrank import Factored, scale_of
+from rankworks.core.lowrank import Factored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.core.start import Init, Place, begin
+from rankworks.core.triple import Triple
 
 
 @delta("nlora", title="NLoRA (SLoRA)", year=2025, paper="arXiv:2502.14482")
-class NLoRA(Factored):
+class NLoRA(Triple, Factored):
     """Three trained factors."""
-
-    rank: int = Rank(16)
-    alpha: float = Positive(16.0, "numerator of the scale alpha/rank")
-    dropout: float = Probability(0.0, "probability of dropping an input of A in training")
 
     A: nn.Parameter
     N: nn.Parameter
@@ -41,11 +37,6 @@ class NLoRA(Factored):
     A0: Tensor | None
     N0: Tensor | None
     B0: Tensor | None
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return scale_of(self.alpha, self.rank)
 
     def setup(self, weight: Tensor) -> None:
         """Allocate the three; the start fills them."""
@@ -96,21 +87,6 @@ class NLoRA(Factored):
             return Factors(self.scale * left, A)
         start = self.B0 @ self.N0
         return Factors(self.scale * torch.cat([left - start, start], dim=1), torch.cat([A, A - self.A0], dim=0))
-
-    @classmethod
-    def factored_rank(cls, spec: Any) -> int:
-        """The rank of the three factors."""
-        return spec.rank
-
-    @classmethod
-    def factor_count(cls, spec: Any) -> int:
-        """Three."""
-        return 3
-
-    @classmethod
-    def inner_rank(cls, spec: Any, shape: Shape) -> int:
-        """The rank."""
-        return spec.rank
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
