@@ -83,7 +83,8 @@ _METHODS: dict[tuple[str, str], Method] = {}
 def register(axis: str, key: str, *, title: str, year: int, paper: str) -> Callable[[T], T]:
     """Register a class under (axis, key) and give it a `Spec` made from its annotated settings.
 
-    Raises `ConfigError` when the key is taken by another class or a setting has no default.
+    Raises `ConfigError` when the key is taken by another class, a setting has no default, or its name is one that a
+    spec has a meaning of its own for (`method`, `key`, `replace`, the axis' tag).
     """
 
     def decorate(cls: T) -> T:
@@ -91,6 +92,9 @@ def register(axis: str, key: str, *, title: str, year: int, paper: str) -> Calla
         taken = _METHODS.get((axis, key))
         if taken is not None and taken.origin != origin:
             raise ConfigError(f"the {axis} key {key!r} is already taken by {taken.origin}; choose another key.")
+        reserved = {name for name in dir(MethodSpec) if not name.startswith("_")} | {"method", TAGS.get(axis, axis)}
+        if clash := sorted(reserved & set(cls.settings)):
+            raise ConfigError(f"{origin} has a setting called {clash[0]!r}, which every spec has: choose another name.")
         tag: Any = (Literal[key], key)  # type: ignore[valid-type]
         make: Any = create_model
         parts = {TAGS.get(axis, axis): tag, **cls.settings}
