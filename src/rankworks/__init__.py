@@ -27,6 +27,7 @@ from rankworks.select.layra import model_arithmetic
 
 if TYPE_CHECKING:
     from rankworks.calibrate.api import calibrate
+    from rankworks.compare.api import compare
     from rankworks.core.hub import load_model
     from rankworks.export.api import export
     from rankworks.plan.make import plan
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 # What needs transformers, datasets or accelerate is imported when it is first used: these take seconds.
 _LATER = {"Stream": "rankworks.train.stream", "load_model": "rankworks.core.hub", "quantise": "rankworks.quantize"}
-_VERBS = ("train", "plan", "export", "calibrate")  # packages that are called: rw.train(...), rw.plan(...), ...
+_VERBS = ("train", "plan", "export", "calibrate", "compare")  # packages that are called: rw.train(...), ...
 
 __all__ = [
     "AdaptSpec",
@@ -48,6 +49,7 @@ __all__ = [
     "adapters",
     "calibrate",
     "compact",
+    "compare",
     "delta",
     "delta_weights",
     "detach",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rankworks.cli import check, demo, export, inspect, merge, methods, plan, train
+from rankworks.cli import check, compare, demo, export, inspect, merge, methods, plan, train
 from rankworks.cli.output import complain
 from rankworks.core.errors import RankworksError
 
@@ -80,6 +80,7 @@ def rankworks(
 
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)

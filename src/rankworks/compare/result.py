@@ -225,10 +225,15 @@ class CompareResult:
 
 def _arm(values: Mapping[str, Any]) -> ArmResult:
     values = dict(values)
-    trials = [TrialResult(**_curves(trial)) for trial in values.pop("trials")]
+    trials = [trial(each) for each in values.pop("trials")]
     reruns = [rerun(each) for each in values.pop("reruns")]
     searched = values.pop("searched")
     return ArmResult(**values, searched=tuple(searched) if searched else None, trials=trials, reruns=reruns)
+
+
+def trial(values: Mapping[str, Any]) -> TrialResult:
+    """Return a trial from plain data."""
+    return TrialResult(**_curves(values))
 
 
 def rerun(values: Mapping[str, Any]) -> RerunResult:

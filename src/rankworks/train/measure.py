@@ -29,11 +29,15 @@ CONTINUED = 32
 
 @dataclass
 class Measured:
-    """metrics; per shown record (prompt, expected, answer); the confusion matrix of a classification."""
+    """metrics; per shown record (prompt, expected, answer); the confusion matrix of a classification.
+
+    right: for every record whether it was answered rightly, where answers are compared at all.
+    """
 
     metrics: dict[str, float]
     answers: list[tuple[str, str, str]] = field(default_factory=list)
     confusion: Confusion | None = None
+    right: list[bool] = field(default_factory=list)
 
 
 class Evaluator:
@@ -76,14 +80,14 @@ class Evaluator:
         else:
             chosen = choose_answers(model, self.questions, self.config.scoring, size, show)
         classes = self.prepared.classes
-        right = sum(a == b for a, b in zip(self.true, chosen, strict=True))
+        right = [a == b for a, b in zip(self.true, chosen, strict=True)]
         answers = [
             (record["text"][:SHOWN], classes[true], classes[answer])
             for record, true, answer in zip(self.records, self.true, chosen, strict=True)
             if any(record is shown for shown in self.shown)
         ]
         confusion = Confusion(classes, confusion_counts(self.true, chosen, len(classes)))
-        return Measured({"accuracy": right / len(chosen)}, answers, confusion)
+        return Measured({"accuracy": sum(right) / len(chosen)}, answers, confusion, right)
 
     def _completion(self, model: nn.Module, metrics: dict[str, float]) -> Measured:
         records = self.records if self.config.exact_match else self.shown
@@ -93,6 +97,7 @@ class Evaluator:
         prompts = [self.prepared.prompt(r, f"{self.where} record {i}", room) for i, r in enumerate(records, start=1)]
         answers = self._generate(model, prompts, room)
         expected = [template.answer(record).strip() for record in records]
+        right: list[bool] = []
         if self.config.exact_match:
             right = [same_answer(a, e, self.config.compare) for a, e in zip(answers, expected, strict=True)]
             metrics = {"exact_match": sum(right) / len(right), **metrics}
@@ -101,7 +106,7 @@ class Evaluator:
             for record, wanted, answer in zip(records, expected, answers, strict=True)
             if any(record is shown for shown in self.shown)
         ]
-        return Measured(metrics, rows)
+        return Measured(metrics, rows, right=right)
 
     def _continuations(self, model: nn.Module) -> list[tuple[str, str, str]]:
         texts = [self.prepared.encoder.tokens(record["text"]) for record in self.shown]

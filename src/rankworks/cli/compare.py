@@ -1,0 +1,145 @@
+"""`rankworks compare`: which method is best for a model, data and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankworks.cli.output import Output, command, complain, facts, output, short, table
+
+if TYPE_CHECKING:
+    from rankworks.compare import CompareResult
+
+
+def compare(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a recipe's name.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings that replace the file's, e.g. budget.trials=8", show_default=False
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for everything that is written.", show_default="runs/<name of FILE>"
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Optuna storage URL that several processes share.", show_default="study.db in the folder"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Keep what is finished, or delete the study and begin anew.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
+    ] = False,
+) -> None:
+    """Compare methods with equal tuning, and tell what is noise.
+
+    Examples:
+      rankworks compare compare-minilm-bbc              a recipe, by name
+      rankworks compare my.yaml 'methods=[lora, dora, vera]' budget.trials=8
+      rankworks compare my.yaml methods=deltas budget.equal=parameters
+      rankworks compare my.yaml --json | tail -1        for a program
+
+    Every method gets the same trials and steps; the learning rate of each is
+    tuned on validation data, its best setting is run on several seeds and
+    measured on test data that no trial saw. Shown: a leaderboard with
+    intervals, paired differences to a baseline, and ties.
+
+    A comparison that was stopped, or killed, goes on where it was when the
+    same command is given again. Several processes or machines share the work
+    when they are given the same --storage (or the same folder):
+      rankworks compare my.yaml --storage postgresql://user@host/db
+
+    The folder then holds result.json, result.md, a recipe per method in
+    arms/ that repeats its row, and study.db with every trial.
+
+    --json ends standard output with leaderboard, a row per method: method,
+    rank, tie, mean, low, high, difference, difference_low, difference_high,
+    p, p_corrected, lr, trainable_parameters, and more.
+    """
+    from rankworks.cli.recipes import find
+
+    path, settings = find(file), list(overrides or [])
+    again = ["compare", file, *settings, *(["--output", str(folder)] if folder else [])]
+    again += ["--storage", storage] if storage else []
+    with output(as_json) as out:
+        from rankworks.compare import compare as run
+        from rankworks.compare import load_compare_config
+
+        config = load_compare_config(path, settings)
+        if folder is not None or config.output is None:
+            config.output = str(folder or f"runs/{path.stem}")
+        if storage is not None:
+            config.storage = storage
+        out.show(f"comparing on {_title(config)}; everything is written to {short(config.output)}")
+        try:
+            result = run(config, resume=resume, command=command(*again))
+        except KeyboardInterrupt:
+            complain(f"stopped. What is finished is kept; to go on:\n  {command(*again)}", "")
+            raise typer.Exit(130) from None
+        show_comparison(out, result)
+        out.emit(summary_line(result))
+
+
+def _title(config: Any) -> str:
+    data = config.data
+    source = (data.name or data.path or data.train) if data else "no data"
+    return f"{source} with {config.model.name if config.model else 'no model'}"
+
+
+def show_comparison(out: Output, result: CompareResult) -> None:
+    """Print the leaderboard and what a reader must know with it."""
+    from rankworks.compare.markdown import cells, columns, verdict
+
+    out.head(result.title)
+    heads = columns(result)
+    numbers = [h for h in heads if h not in ("", "method")]
+    shown = table(*heads)
+    for column in shown.columns:
+        column.justify = "right" if column.header in numbers else "left"
+        column.no_wrap = True
+    for row in result.leaderboard:
+        style = "bold green" if row.tie else "red" if row.status == "failed" else ""
+        shown.add_row(*cells(row, result), style=style)
+    out.show(shown)
+    out.show(f"  {verdict(result)}")
+    for row in result.leaderboard:
+        if row.status == "failed":
+            out.show(f"  {row.method} failed: {row.reason}")
+    for skipped in result.skipped:
+        out.show(f"  {skipped.label} was not run: {skipped.reason}")
+    for warning in result.warnings:
+        out.show(f"  note: {warning}")
+    folder = Path(str(result.output))
+    best = next((row for row in result.leaderboard if row.tie), None)
+    told = {"result": short(folder / "result.md"), "recipes": short(folder / "arms")}
+    if best is not None:
+        told["repeat the best"] = best.command
+    out.show(facts(told))
+
+
+def summary_line(result: CompareResult) -> dict[str, Any]:
+    """Return what `--json` prints: the leaderboard and where the rest is."""
+    folder = Path(str(result.output))
+    return {
+        "leaderboard": [asdict(row) for row in result.leaderboard],
+        "skipped": [asdict(each) for each in result.skipped],
+        "warnings": result.warnings,
+        "metric": result.metric,
+        "higher_is_better": result.higher_is_better,
+        "baseline": result.baseline,
+        "base": result.base,
+        "budget": result.budget,
+        "complete": result.complete,
+        "seconds": result.seconds,
+        "output": str(folder),
+        "result": str(folder / "result.json"),
+        "markdown": str(folder / "result.md"),
+    }
