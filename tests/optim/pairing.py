@@ -38,6 +38,6 @@ class OnePair:
         return B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
 
 
-def matrices(model: nn.Module, ends: str) -> dict[str, Tensor]:
+def matrices(model: nn.Module, ends: str | tuple[str, ...]) -> dict[str, Tensor]:
     """Copies of the trained parameters whose names end so."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(ends) and p.requires_grad}

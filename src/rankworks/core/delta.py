@@ -141,6 +141,14 @@ class Delta(HasSettings, nn.Module):
             raise TypeError(f"{type(self).__name__} must define dense(weight) or factors()")
         return factors.B @ factors.A
 
+    def acting_factors(self) -> Factors | None:
+        """Return the factors as a forward pass uses them now."""
+        return self.factors()
+
+    def acting_dense(self, weight: Tensor) -> Tensor:
+        """Return the change as a matrix, as a forward pass uses it now where it is applied so."""
+        return self.dense(weight)
+
     def factors(self) -> Factors | None:
         """Return exact factors of the change, or None where no useful low rank exists."""
         return None

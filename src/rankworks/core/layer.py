@@ -150,7 +150,7 @@ def _conv(layer: Any, call: Callable[..., Tensor], image: Tensor) -> Tensor:
         return _apply(layer._active, view, BaseCall(layer, call, image, view)).movedim(-1, 1)
     y = call(image)
     for site, delta in layer._active:
-        change = delta.dense(site.weight).to(image.dtype).reshape(layer.weight.shape)
+        change = delta.acting_dense(site.weight).to(image.dtype).reshape(layer.weight.shape)
         y = y + convolve(image, change, layer, layer.groups)
         bias = delta.bias_change(site.weight, site.bias)  # (out,)
         if bias is not None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rankworks.core.amend import Amendment
 from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.fields import Positive, Probability, Rank, Setting
 from rankworks.core.inputs import Input, dropout, linear
@@ -39,16 +40,35 @@ class Factored(Delta):
     """
 
     dropout: float = 0.0
+    amended: Amendment | None = None  # what a method of training does to it in training mode
 
     def factors(self) -> Factors:
         """Return the factors, as a function of the trained tensors."""
         raise TypeError(f"{type(self).__name__} must define factors()")
 
+    def acting_factors(self) -> Factors:
+        """Return the factors that a forward pass uses now."""
+        return self.factors() if self._amendment is None else self._amendment.factors(self.factors())
+
+    @property
+    def _amendment(self) -> Amendment | None:
+        return self.amended if self.training else None
+
+    def _amend(self, y: Tensor, x: Input) -> Tensor:
+        return y if self._amendment is None else self._amendment.output(y, x)
+
     def branch(self, x: Input) -> Tensor:
         """B A drop(x), and the shift."""
-        B, A = self.factors()
+        B, A = self.acting_factors()
         change, shift = linear(linear(dropout(x, self.dropout, self.training), A), B), self.shift()
-        return change if shift is None else change + shift.to(change.dtype)
+        return self._amend(change if shift is None else change + shift.to(change.dtype), x)
+
+    def acting_dense(self, weight: Tensor) -> Tensor:
+        """The change as a matrix, as a forward pass uses it now."""
+        if self._amendment is None:
+            return self.dense(weight)
+        B, A = self.acting_factors()
+        return self._amendment.matrix(B @ A)
 
     def shift(self) -> Tensor | None:
         """Return a trained vector (out,) that the change also adds to the output, or None."""
@@ -72,9 +92,9 @@ class Factored(Delta):
             taken = shared.take(self, x)
             if taken is not None:
                 reading, place, B = taken
-                return write(reading, place, *frozen, B, self.shift())
-        B, A = self.factors()
-        return lowrank_linear(x, *frozen, A, B, p, self.shift())
+                return self._amend(write(reading, place, *frozen, B, self.shift()), x)
+        B, A = self.acting_factors()
+        return self._amend(lowrank_linear(x, *frozen, A, B, p, self.shift()), x)
 
     @property
     def reader(self) -> Delta | None:

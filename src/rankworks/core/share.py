@@ -39,7 +39,7 @@ SIBLINGS = (
 
 
 class SharedInput:
-    """The low-rank deltas (with `factors`, `dropout` and `training`) of layers that may read one input."""
+    """The low-rank deltas (`lowrank.Factored`) of layers that may read one input."""
 
     def __init__(self, deltas: Sequence[Any]):
         self.deltas = tuple(deltas)
@@ -53,7 +53,7 @@ class SharedInput:
             return None
         taken = self._last
         if taken is None or not taken.serves(place, delta, x):
-            factors = [d.factors() for d in self.deltas]
+            factors = [d.acting_factors() for d in self.deltas]
             reading = read(x, [f.A for f in factors], rates.pop())
             taken = self._last = _Taken(x, reading, [f.B for f in factors], self)
         taken.left.discard(place)
@@ -96,7 +96,7 @@ def _stamp(delta: Delta) -> tuple[Any, ...]:
     within = delta.modules() if delta._modules else (delta,)
     tensors = [t for m in within for t in (*m._parameters.values(), *m._buffers.values())]
     tensors += delta.shared.parameters() if delta.shared is not None else []  # a trained bank
-    return tuple((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
+    return delta.training, *((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
 
 
 def link(hosts: Iterable[Any]) -> None:

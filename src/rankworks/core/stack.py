@@ -56,7 +56,7 @@ def _change(module: nn.Module, stack: Tensor, pairs: list[tuple[Site, Delta]]) -
     changes: dict[int, Tensor] = {}
     for site, delta in pairs:
         assert site.expert is not None
-        change = delta.dense(orient_expert(module, stack[site.expert].detach()))
+        change = delta.acting_dense(orient_expert(module, stack[site.expert].detach()))
         change = orient_expert(module, change).to(stack.dtype)
         changes[site.expert] = changes[site.expert] + change if site.expert in changes else change
     zero = torch.zeros_like(stack[0]) if len(changes) < len(stack) else None

@@ -67,7 +67,7 @@ class Transposed(Delta):
 
     def branch(self, x: Input) -> Tensor:
         """The transposed change applied to x."""
-        factors = self.owner.factors()
+        factors = self.owner.acting_factors()
         if factors is None:
             return linear(x, self.owner.dense(torch.empty(self.owner.shape, device="meta")).t())
         return linear(linear(x, factors.B.t()), factors.A.t())

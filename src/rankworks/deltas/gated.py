@@ -83,8 +83,8 @@ class Gated(Wrapper, Factored):
         if self.watch is None or not torch.is_grad_enabled():
             return super().branch(x)
         dropped = dropout(x, self.dropout, self.training)
-        B, A = self.factors()
-        return watched(linear(linear(dropped, A), B), dropped, self.watch)
+        B, A = self.acting_factors()
+        return self._amend(watched(linear(linear(dropped, A), B), dropped, self.watch), x)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The product, watched where it is differentiated: grouped convolutions and experts take it as a matrix."""

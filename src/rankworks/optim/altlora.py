@@ -15,12 +15,13 @@ bias; `correct_bias` corrects the first, as the released code does.
 
 The factor whose turn it is gets its gradient at the other's new value, in a step of its own, and in training with
 hooks it alone gets one: half a backward pass for the factors, and where A is held the layer's input is not kept.
-Without hooks both gradients are computed and one is used. Turns last `every` steps (1 in the paper; the released trainer has
-10, and moves both factors in every step before the first change). B goes first: it is zero at the start, and A, whose
-gradient is then zero, could not move. The Gram matrices are damped relatively to their trace; the released code adds
-1e-3 I, far more than B^T B is in the first steps, and leaves 1 / s^2 out. With damping the carried momentum is written
-MA + (B^T B + d I)^-1 B^T (B_old - B) MA, which is MA to the bit where B did not move, and the formula above at d = 0.
-Its AltLoRA+ keeps the momentum as it was before it is carried over; here the carried one is kept, as in the paper.
+Without hooks both gradients are computed and one is used. Turns last `every` steps (1 in the paper; the released
+trainer has 10, and moves both factors in every step before the first change). B goes first: it is zero at the start,
+and A, whose gradient is then zero, could not move. The Gram matrices are damped relatively to their trace; the released
+code adds 1e-3 I, far more than B^T B is in the first steps, and leaves 1 / s^2 out. With damping the carried momentum
+is written MA + (B^T B + d I)^-1 B^T (B_old - B) MA: MA to the bit where B did not move, and the formula above at d = 0.
+The released AltLoRA+ keeps the momentum as it was before it is carried over; here the carried one is kept, as in the
+paper. The rate is that of a step on the weight: AltLoRA wants SGD's rates, AltLoRA+ Adam's.
 
 State: 2 r (m + n) numbers of a pair, the momentum of each factor and its value when the other last moved; AltLoRA+ has
 3 r (m + n). What is trained besides pairs takes AdamW's steps.
@@ -157,7 +158,6 @@ class HalfBackward(Hook):
 
     def __init__(self, model: nn.Module):
         self.pairs: list[Pair] = [found.pair for found in trained_pairs(model)]
-        self._let_go()  # a run that was cut short may have left a factor held
 
     def before_forward(self, moment: Moment) -> None:
         """Hold the others."""

@@ -14,24 +14,19 @@ Source: arXiv:2402.12354, section 4 and its released code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankworks.core.delta import Delta
 from rankworks.core.fields import Positive, Setting
-from rankworks.core.hooks import Hook
-from rankworks.core.optim.method import Group, OptimizerMethod, grouped, roles
-from rankworks.core.registry import OptimizerSpec, build, optimizer
+from rankworks.core.optim.method import Group, grouped, roles
+from rankworks.core.optim.over import Over
+from rankworks.core.registry import optimizer
 
 
 @optimizer("lora-plus", title="LoRA+", year=2024, paper="arXiv:2402.12354")
-class LoRAPlus(OptimizerMethod):
+class LoRAPlus(Over):
     """Any optimizer with a larger rate for B."""
 
-    base: OptimizerSpec = Setting("adamw", "the optimizer whose steps these are")
     ratio: float = Setting(16.0, "rate of B over that of A", ge=1)
     embedding_lr: float = Positive(1e-6, "rate of both factors at embeddings")
 
@@ -51,32 +46,3 @@ class LoRAPlus(OptimizerMethod):
             return (self.ratio if role.get(id(parameter)) == "B" or parameter.ndim <= 1 else 1.0), {}
 
         return grouped(model, lr, self.weight_decay, mark)
-
-    def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
-        """The base's."""
-        return self._base.build(groups, lr)
-
-    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | None:
-        """The base's."""
-        return self._base.hook(model, optimizer)
-
-    def state_bytes(self, parameter: Tensor, group: Group) -> int:
-        """The base's."""
-        return self._base.state_bytes(parameter, group)
-
-    @classmethod
-    def accepted(cls, values: Mapping[str, Any]) -> list[str]:
-        """Its own and the base's."""
-        base = build("optimizer", values.get("base", "adamw")).method.cls
-        return [*super().accepted(values), *base.accepted(values)]  # type: ignore[attr-defined]
-
-    @property
-    def _base(self) -> OptimizerMethod:
-        return self.spec.base.method.cls(self.spec.base)
-
-    @classmethod
-    def route(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Pass settings that are not its own on to the base: betas=(0.9, 0.95) is AdamW's."""
-        own = {k: v for k, v in values.items() if k in cls.Spec.model_fields}
-        passed = {k: v for k, v in values.items() if k not in own}
-        return {**own, "base": build("optimizer", own.get("base", "adamw"), **passed)} if passed else own

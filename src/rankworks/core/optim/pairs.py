@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
-from rankworks.core.lowrank import Pair
+from rankworks.core.lowrank import Factored, Pair
 from rankworks.core.optim.adamw import adamw_update
 from rankworks.core.optim.method import Group, grouped
 from rankworks.core.optim.stepwise import Stepwise
@@ -107,6 +107,15 @@ def pairs_of(group: Group) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]
     """Yield A (r, in), B (out, r) and s of every pair in a group marked `paired`."""
     parameters = group["params"]
     return zip(parameters[::2], parameters[1::2], group["scales"], strict=True)
+
+
+def release(model: nn.Module) -> None:
+    """Undo what optimizers do to deltas during a step, which a run that was cut short may have left."""
+    for module in model.modules():
+        if isinstance(module, Pair):
+            module.held = None
+        if isinstance(module, Factored):
+            module.amended = None
 
 
 def partner(parameter: Tensor, group: Group) -> Tensor:
