@@ -23,6 +23,7 @@ from rankworks.core.summary import delta_weights, get_delta, summary, trainable_
 from rankworks.core.switch import switch
 from rankworks.core.version import __version__ as __version__
 from rankworks.optim import make_optimizer
+from rankworks.optim.bo_rep import Bilevel
 from rankworks.select.layra import model_arithmetic
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _VERBS = ("train", "plan", "export", "calibrate", "compare")  # packages that ar
 
 __all__ = [
     "AdaptSpec",
+    "Bilevel",
     "RankworksError",
     "Stream",
     "activate",
