@@ -22,14 +22,17 @@ OPTIONS = {"torchrun": [], "accelerate": ["--mixed_precision=no", "--dynamo_back
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "accumulate"), [("accelerate", 1), ("torchrun", 2)])
-def test_two_processes_equal_one(tmp_path: Path, launcher: str, accumulate: int):
+@pytest.mark.parametrize(
+    ("launcher", "accumulate", "layerwise"),
+    [("accelerate", 1, []), ("torchrun", 2, []), ("torchrun", 1, ["layerwise"]), ("torchrun", 2, ["layerwise"])],
+)
+def test_two_processes_equal_one(tmp_path: Path, launcher: str, accumulate: int, layerwise: list[str]):
     loop = make_loop(steps=5)
     losses = loop.run().losses
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     path = tmp_path / "two.safetensors"
-    script = [str(HERE / "distributed.py"), str(path), str(accumulate)]
+    script = [str(HERE / "distributed.py"), str(path), str(accumulate), *layerwise]
     command = [sys.executable, "-m", *LAUNCHERS[launcher], *OPTIONS[launcher], *script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
