@@ -1,17 +1,16 @@
-"""The charts of a report, as plotly figures. Their colours of text and grid are set in the page, for light and dark."""
+"""The charts of a run, as plotly figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
 from rankworks.train.report.gather import Evidence, interval, per_class
+from rankworks.train.report.style import BLUE, GREY, ORANGE, caption, style
 from rankworks.train.result import Confusion
-
-BLUE, ORANGE, GREY = "#3b82f6", "#f59e0b", "#94a3b8"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
@@ -51,22 +50,16 @@ def loss_chart(evidence: Evidence) -> go.Figure | None:
         line={"color": ORANGE, "width": 1.5}, fillcolor="rgba(245, 158, 11, 0.12)", hovertemplate="%{y:.3g}",
         showlegend=False,
     )  # fmt: skip
-    _style(figure, 400)
+    style(figure, 400)
     figure.update_layout(
         hovermode="x unified",
         xaxis={"title": "step", "anchor": "y2", "range": [x[0], x[-1]]},
         yaxis={"domain": [0.38, 1], "rangemode": "tozero"},
         yaxis2={"domain": [0, 0.22], "rangemode": "tozero", "tickformat": ".1e", "nticks": 3},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-        annotations=[_caption("loss", 1), _caption("learning rate", 0.22)],
+        annotations=[caption("loss", 1), caption("learning rate", 0.22)],
     )
     return figure
-
-
-def _caption(text: str, height: float) -> dict[str, Any]:
-    """Return a title at the upper left of a panel that ends at `height`."""
-    place = {"xref": "paper", "yref": "paper", "x": 0, "y": height, "xanchor": "left", "yanchor": "bottom"}
-    return {"text": text, "showarrow": False, "yshift": 6, **place}
 
 
 def class_chart(before: Confusion | None, after: Confusion) -> go.Figure:
@@ -88,30 +81,17 @@ def class_chart(before: Confusion | None, after: Confusion) -> go.Figure:
             "width": 3,
         }
         figure.add_bar(
-            x=list(rows), y=[100 * s for s in share], name=name, marker_color=colour, error_y=error,
+            x=[escape(label) for label in rows], y=[100 * s for s in share], name=name, marker_color=colour, error_y=error,
             customdata=[f"{right} of {total}" for right, total in rows.values()],
             hovertemplate="%{x}, " + name + ": %{y:.1f} % (%{customdata})<extra></extra>",
         )  # fmt: skip
-    _style(figure, 320)
+    style(figure, 320)
+    ticks = [0, 25, 50, 75, 100]
     figure.update_layout(
         barmode="group",
         bargap=0.32,
         bargroupgap=0.08,
-        yaxis={"ticksuffix": " %", "range": [0, 104], "tickvals": [0, 25, 50, 75, 100]},
+        yaxis={"range": [0, 104], "tickvals": ticks, "ticktext": [f"{tick} %" for tick in ticks]},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
     )
     return figure
-
-
-def _style(figure: go.Figure, height: int) -> None:
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 62, "r": 12, "t": 34, "b": 46},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "size": 13},
-        hoverlabel={"font": {"family": FONT}},
-    )
-    figure.update_xaxes(showgrid=False, zeroline=False, ticks="outside", ticklen=4)
-    figure.update_yaxes(showgrid=True, zeroline=False, automargin=True)

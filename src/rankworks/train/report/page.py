@@ -1,10 +1,9 @@
-"""The page: one file with its styles, figures and the code that draws them inside. It asks the network for nothing."""
+"""The page of a run: what it reached, what it cost, how it went, and how to do it again."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,10 +11,10 @@ from rankworks.core.files import atomic_write
 from rankworks.train.report.charts import class_chart, loss_chart
 from rankworks.train.report.gather import SHARES, Evidence, gather, interval
 from rankworks.train.report.pieces import answers, matrices, measures, shown, tiles
+from rankworks.train.report.shell import code, document, figure, pairs, section
 from rankworks.train.report.words import duration, size
 
 NAME = "report.html"
-FIGURE = {"displayModeBar": False, "responsive": True, "displaylogo": False}
 
 
 def write_report(folder: str | Path, command: str | None = None) -> Path:
@@ -32,27 +31,20 @@ def write_report(folder: str | Path, command: str | None = None) -> Path:
 
 def render(evidence: Evidence, command: str | None = None) -> str:
     """Return the page as text."""
-    from plotly.offline import get_plotlyjs
-
     title, confusion, loss = headline(evidence), evidence.result.confusion, loss_chart(evidence)
-    parts = [_header(evidence, title), _section("What it cost", _cost(evidence))]
+    parts = [_header(evidence, title), section("What it cost", _cost(evidence))]
     if loss is not None:
-        parts.append(_section("Training", _figure(loss)))
+        parts.append(section("Training", figure(loss, "Loss and learning rate of every step")))
     if confusion is not None:
-        parts.append(_section("Which class is taken for which", matrices(evidence.before, confusion)))
-        parts.append(_section("Accuracy of each class", _figure(class_chart(evidence.before, confusion))))
+        parts.append(section("Which class is taken for which", matrices(evidence.before, confusion)))
+        classes = class_chart(evidence.before, confusion)
+        parts.append(section("Accuracy of each class", figure(classes, "Accuracy of each class before and after")))
     elif len(evidence.result.after) > 1:
-        parts.append(_section("Measured", measures(evidence.result.before, evidence.result.after)))
+        parts.append(section("Measured", measures(evidence.result.before, evidence.result.after)))
     if evidence.result.examples:
-        parts.append(_section("Answers before and after", answers(evidence.result.examples, confusion is not None)))
-    parts += [_section("Run it again", _again(evidence, command)), _section("Where it ran", _machine(evidence))]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_part('page.css')}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n"
-        f"<body>\n<main>\n{''.join(parts)}</main>\n<script>\n{_part('page.js')}</script>\n</body>\n</html>\n"
-    )
+        parts.append(section("Answers before and after", answers(evidence.result.examples, confusion is not None)))
+    parts += [section("Run it again", _again(evidence, command)), section("Where it ran", pairs(evidence.environment))]
+    return document(title, "".join(parts))
 
 
 def headline(evidence: Evidence) -> str:
@@ -112,25 +104,4 @@ def _again(evidence: Evidence, command: str | None) -> str:
     config = yaml.safe_dump(evidence.config, sort_keys=False, allow_unicode=True)
     own = f"rankworks train {evidence.folder / 'config.yaml'}"
     lines = own if command in (None, own) else f"{command}\n{own}"
-    return (
-        f"<pre>{escape(lines)}</pre>\n"
-        '<p class="soft small">config.yaml, with every default written out:</p>'
-        f'<pre class="wide">{escape(config)}</pre>'
-    )
-
-
-def _machine(evidence: Evidence) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in evidence.environment.items())
-    return f'<dl class="small">{rows}</dl>'
-
-
-def _figure(figure: Any) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, config=FIGURE)
-
-
-def _section(title: str, inner: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{inner}</section>\n"
-
-
-def _part(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return code(lines) + '<p class="soft small">config.yaml, with every default written out:</p>' + code(config, "wide")
