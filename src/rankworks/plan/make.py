@@ -20,7 +20,7 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.plan.result import Fit, Plan
 from rankworks.plan.source import Source, open_source
-from rankworks.plan.states import EIGHT_BIT, Optimizer, optimizer_bytes, read_optimizer
+from rankworks.plan.states import Optimizer, optimizer_bytes, read_optimizer
 from rankworks.plan.trace import Trace, step_inputs, trace_step
 from rankworks.plan.units import parse_bytes
 
@@ -49,7 +49,7 @@ class Step:
             raise ConfigError(f"loss is 'chunked' (as rankworks trains) or 'full' (all logits), not {loss!r}.")
         if attention not in ("fused", "plain"):
             raise ConfigError(f"attention is 'fused' or 'plain' (the scores are kept), not {attention!r}.")
-        self.optimizer = optimizer if isinstance(optimizer, str) else spec.key if spec is not None else EIGHT_BIT
+        self.optimizer = spec.key
         self.batch_size, self.sequence = batch_size, sequence
         self.checkpointing, self.loss, self.fused, self.example = checkpointing, loss, attention == "fused", example
 
