@@ -107,7 +107,7 @@ _SETTINGS = [name for name in GaLore.Spec.model_fields if name not in ("optimize
 
 
 class Projected(Stepwise):
-    """The rule on projected gradients in the groups marked `projected`. State: step, P, Q or U0, U1, ..., the rule's."""
+    """The rule, on projected gradients in groups marked `projected`. State: step, P, Q or U0, U1, ..., the rule's."""
 
     def __init__(self, groups: Iterable[Group], **defaults: Any):
         super().__init__(groups, projected=False, **defaults)
