@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from rankworks.core.delta import Delta
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.hooks import Hook
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
 from rankworks.core.optim.projected import wide
@@ -70,13 +71,6 @@ class GradNormLoRP(OptimizerMethod):
     def groups(self, model: nn.Module, lr: float) -> list[Group]:
         """The weights that are normalised, the factors that are projected, and the others."""
         normalised, factors = weights_at(model, self.targets), factors_at(model, self.targets)
-        if factors and not any(
-            getattr(d, "detach_norm", True) is False for d in model.modules() if isinstance(d, Delta)
-        ):
-            log.warning(
-                "gradnormlorp trains an adapter here whose layer has no normalised weight with exact gradients, so it "
-                'only projects the gradients of its factors: adapt with delta="dora", detach_norm=False.'
-            )
 
         def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
             own = id(parameter) in normalised and parameter.ndim == 2
@@ -89,6 +83,17 @@ class GradNormLoRP(OptimizerMethod):
         names = ("rank", "refresh", "scale", "side", "subspace", "norm_axis", "rule", "betas", "eps", "seed")
         defaults = {name: getattr(self, name) for name in (*names, "weight_decay")}
         return NormalisedAdamW(groups, lr=lr, **defaults)
+
+    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | None:
+        """None; notes where an adapter's weights are not normalised, or not with exact gradients."""
+        deltas = [module for module in model.modules() if isinstance(module, Delta)]
+        exact = any(getattr(delta, "detach_norm", True) is False for delta in deltas)
+        if factors_at(model, self.targets) and not exact:
+            log.warning(
+                "gradnormlorp trains an adapter here whose layer has no normalised weight with exact gradients, so it "
+                'only projects the gradients of its factors: adapt with delta="dora", detach_norm=False.'
+            )
+        return None
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """The moments and basis of what is projected, three numbers per length, two moments of any other number."""
