@@ -1,18 +1,21 @@
 """How fast methods learn: every contender at its own best rate out of one grid, over several seeds, on real tasks.
 
-Used by `inits.py --converge` and `ranks.py`. A cell is one run: (contender, learning rate, seed). The grid is run with
-the first seed; a contender's best rate is the one with the lowest held-out loss at the end, and the other seeds are run
-at that rate. Batches, their order and the held-out records are the same for all contenders of a seed. Every finished
-cell is a line in a file, so a benchmark that was stopped goes on where it was; nothing here measures time.
+Used by inits_convergence.py, ranks.py and pretrain.py. A cell is one run: (contender, learning rate, seed). The grid is
+run with the first seed; a contender's best rate is the one with the lowest held-out loss at the end, and the other
+seeds are run at that rate. Batches, their order and the held-out records are the same for all contenders of a seed.
+Every finished cell is a line in a file, so a benchmark that was stopped goes on where it was; nothing here measures
+time.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ class Setting:
 
 class Bench:
     """One task: the model and the examples, and the file of finished cells."""
+
+    model = MODEL
 
     def __init__(
         self,
@@ -137,9 +142,52 @@ class Bench:
             prepared = Prepared(task, model, tokenizer, progress=False)
             records = task.train[: 40 * self.setting.batch * self.setting.steps]
             examples = prepared.examples(records, "train")
-            held_out = prepared.examples((task.test or task.valid)[: self.setting.held_out * 2], "test")
+            held_out = prepared.examples((task.test or task.valid or [])[: self.setting.held_out * 2], "test")
             self._loaded = model, prepared, examples, held_out[: self.setting.held_out]
         return self._loaded
+
+
+def command(
+    name: str,
+    says: str,
+    contenders: Mapping[str, dict[str, Any]],
+    plain: str,
+    setting: Setting,
+    tasks: Sequence[str] = tuple(TASKS),
+    bench: type[Bench] = Bench,
+    **options: Any,
+) -> None:
+    """Run a benchmark of learning from the command line: choose, run what is missing, write `results/<name>.json`.
+
+    plain: the contender that all others are held against, which always runs; options: for `bench`.
+    """
+    asked = _asked(name, says, setting, tasks)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(asked.threads)  # before torch is imported
+    import common
+    import torch
+
+    torch.set_num_threads(asked.threads)
+    names = list(contenders) if asked.only == "all" else list(dict.fromkeys([plain, *asked.only.split(",")]))
+    setting = replace(setting, steps=asked.steps)
+    cells = asked.cells or common.RESULTS / f"{name}_cells.jsonl"
+    result: dict[str, Any] = {"benchmark": name, "environment": common.environment("none")}
+    result["setting"] = {"model": bench.model, "tasks": {t: TASKS.get(t, {}) for t in tasks}, **asdict(setting)}
+    for task in asked.tasks.split(","):
+        rows = bench(task, setting, cells, {name: contenders[name] for name in names}, **options).run()
+        result[task] = against(rows, plain)
+    everything = asked.only == "all" and asked.tasks == ",".join(tasks)
+    common.finish(result, asked.output or (common.RESULTS / f"{name}.json" if everything else None))
+
+
+def _asked(name: str, says: str, setting: Setting, tasks: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=says)
+    parser.add_argument("--tasks", default=",".join(tasks), help="some of the tasks, with commas")
+    parser.add_argument("--only", default="all", help="some of the contenders, with commas")
+    parser.add_argument("--steps", type=int, default=setting.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cells", type=Path, help=f"where finished runs are kept; default: results/{name}_cells.jsonl")
+    parser.add_argument("--output", type=Path, help=f"default: results/{name}.json when everything is measured")
+    return parser.parse_args()
 
 
 def steps_to(valid: Sequence[Sequence[float]], start: float, target: float) -> float | None:
@@ -181,7 +229,7 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
         table[name] = {
             "rate": row["rate"],
             "trained": row["cells"][0]["trained"],
-            "ranks": [cell.get("ranks") for cell in row["cells"]],
+            **{k: [cell[k] for cell in row["cells"]] for k in ("ranks", "state_bytes") if k in row["cells"][0]},
             "loss": interval(row["ends"]),
             "steps": [None if r is None else round(r, 1) for r in reached],
             "steps_mean": interval(known) if len(known) == len(reached) else None,
@@ -194,11 +242,6 @@ def interval(numbers: Sequence[float]) -> dict[str, float]:
     mean = statistics.fmean(numbers)
     half = T95[len(numbers)] * statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
     return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
-
-
-def described(setting: Setting) -> dict[str, Any]:
-    """Return the setting for a file of results."""
-    return {"model": MODEL, "tasks": TASKS, **asdict(setting)}
 
 
 def _plain(setting: Setting) -> dict[str, Any]:

@@ -9,10 +9,9 @@ convergence.py for what is equal for all. Finished runs are kept, so the command
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
+
+import convergence
 
 RANK, ALPHA = 16, 32
 
@@ -38,36 +37,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 """Adapters by name."""
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How fast every initialiser learns.")
-    parser.add_argument("--tasks", default="bbc,stdlib", help="names of convergence.TASKS, with commas")
-    parser.add_argument("--only", default="all", help="contenders, with commas; default is always there")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cells", type=Path, help="where finished runs are kept; default: results/inits_cells.jsonl")
-    parser.add_argument("--output", type=Path, help="default: results/inits_convergence.json when all is measured")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)  # before torch is imported
-    import common
-    import convergence
-    import torch
-
-    torch.set_num_threads(options.threads)
-    names = list(CONTENDERS) if options.only == "all" else ["default", *options.only.split(",")]
-    setting = convergence.Setting(steps=options.steps)
-    cells = options.cells or common.RESULTS / "inits_cells.jsonl"
-    result: dict[str, Any] = {"benchmark": "inits_convergence", "environment": common.environment("none")}
-    result["setting"] = convergence.described(setting)
-    for task in options.tasks.split(","):
-        rows = convergence.Bench(task, setting, cells, {name: CONTENDERS[name] for name in names}).run()
-        result[task] = convergence.against(rows, "default")
-    everything = options.only == "all" and options.tasks == "bbc,stdlib"
-    common.finish(result, options.output or (common.RESULTS / "inits_convergence.json" if everything else None))
-
-
 if __name__ == "__main__":
-    main()
+    convergence.command(
+        "inits_convergence", "How fast every initialiser learns.", CONTENDERS, "default", convergence.Setting()
+    )

@@ -10,10 +10,9 @@ seeds; see convergence.py. Finished runs are kept, so the command can be stopped
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
+
+import convergence
 
 FINAL = 4
 
@@ -33,43 +32,15 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 """Adapters by name."""
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Rank schedules at one final budget.")
-    parser.add_argument("--tasks", default="bbc,stdlib", help="names of convergence.TASKS, with commas")
-    parser.add_argument("--only", default="all", help="contenders, with commas; lora is always there")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cells", type=Path, help="where finished runs are kept; default: results/ranks_cells.jsonl")
-    parser.add_argument("--output", type=Path, help="default: results/ranks.json when everything is measured")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)  # before torch is imported
-    import common
-    import convergence
-    import torch
-
+def cut(model: Any) -> None:
+    """Leave of all of DyLoRA's ranks those of the budget."""
     import rankworks as rw
 
-    torch.set_num_threads(options.threads)
-    chosen = (
-        CONTENDERS
-        if options.only == "all"
-        else {"lora": CONTENDERS["lora"]} | {name: CONTENDERS[name] for name in options.only.split(",")}
-    )
-    setting = convergence.Setting(steps=options.steps, every=10)
-    cells = options.cells or common.RESULTS / "ranks_cells.jsonl"
-    finish = {"dylora": lambda model: rw.set_rank(model, FINAL)}
-    result: dict[str, Any] = {"benchmark": "ranks", "environment": common.environment("none"), "final": FINAL}
-    result["setting"] = convergence.described(setting)
-    for task in options.tasks.split(","):
-        rows = convergence.Bench(task, setting, cells, chosen, finish).run()
-        result[task] = convergence.against(rows, "lora")
-    everything = options.only == "all" and options.tasks == "bbc,stdlib"
-    common.finish(result, options.output or (common.RESULTS / "ranks.json" if everything else None))
+    rw.set_rank(model, FINAL)
 
 
 if __name__ == "__main__":
-    main()
+    setting = convergence.Setting(steps=60, every=10)
+    convergence.command(
+        "ranks", "Rank schedules at one final budget.", CONTENDERS, "lora", setting, finish={"dylora": cut}
+    )
