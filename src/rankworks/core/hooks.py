@@ -12,7 +12,7 @@ loop calls it, and `train.HookCallback` carries it into the HF Trainer and TRL's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,6 +36,9 @@ class Moment:
 
 class Hook:
     """Base of all hooks: every method does nothing. State is a tree of tensors, numbers, strings, lists and dicts."""
+
+    freezes: ClassVar[bool] = False
+    """Whether parameters stop and start to require a gradient; a sum over processes must not wait for theirs."""
 
     def on_start(self, moment: Moment) -> None:
         """Act once before the first step (also of a resumed run, after the state is restored)."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankworks.core.optim.resting import wake_all
 from rankworks.core.registry import MethodSpec, build
 
 
@@ -21,10 +22,11 @@ def make_optimizer(
     besides its steps is in `optimizer.method_hooks`: the own loop and `train.HookCallback` call these. Raises
     `UnknownNameError`, `ConfigError`, or `TrainingError` when nothing is trainable.
     """
+    wake_all(model)
     spec = build("optimizer", name, **settings)
     method: Any = spec.method.cls(spec)  # type: ignore[call-arg]
     made = method.build(method.groups(model, lr), lr)
     hook = method.hook(model, made)
-    made.method_hooks = [] if hook is None else [hook]
+    made.method_hooks = hook if isinstance(hook, list) else [] if hook is None else [hook]
     made.layerwise, made.closure = method.layerwise, method.closure
     return made

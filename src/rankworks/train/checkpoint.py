@@ -36,12 +36,15 @@ NORMS = (nn.modules.batchnorm._NormBase,)
 """Modules whose buffers training moves (running means and variances)."""
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """Return by name everything training may change: adapters (also their stored buffers), parameters, running means.
 
-    The tensors are the model's own. Frozen banks and other buffers that are rebuilt are not among them.
+    The tensors are the model's own. Frozen banks and other buffers that are rebuilt are not among them; what the
+    optimizer trains is, even where it is frozen for now.
     """
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in held)
+    found: dict[str, Tensor] = dict(trained)
     persistent = set(model.state_dict(keep_vars=True))
     for prefix, module in model.named_modules():
         if isinstance(module, Delta):
@@ -52,9 +55,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def load_trained_tensors(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trained_tensors(
+    model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Copy saved tensors into the model; raises `TrainingError` when names or shapes differ."""
-    here = trained_tensors(model)
+    here = trained_tensors(model, optimizer)
     odd = sorted(set(here) ^ set(state)) or [n for n in here if here[n].shape != state[n].shape]
     if odd:
         raise TrainingError(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 
 from rankworks.core.errors import ConfigError, TrainingError
@@ -110,6 +110,9 @@ class Loop:
         self.layerwise = Layerwise(self.optimizer, optim.name, self.hooks, self.world) if optim.layerwise else None
         if train.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+        if any(hook.freezes for hook in self.hooks):  # or gradients would be waited for that do not come
+            unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self.accelerator.ddp_handler = unused
         objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
         self.objective: Any = self.accelerator.prepare_model(objective, device_placement=False)
         self.device = next(model.parameters()).device
@@ -312,7 +315,7 @@ class Loop:
                 "names": names,
             }
             parts = {
-                "weights": dict(trained_tensors(self.model)),
+                "weights": dict(trained_tensors(self.model, self.optimizer)),
                 "optimizer": self.optimizer.state_dict(),
                 "run": state,
             }
@@ -329,7 +332,7 @@ class Loop:
         adopt_settings(self.model, state["settings"])
         rebind(self.optimizer, self.model)
         restore_hooks(self.hooks, state["hooks"], str(path))
-        load_trained_tensors(self.model, parts["weights"])
+        load_trained_tensors(self.model, parts["weights"], self.optimizer)
         names = [name for group in self.optimizer.param_groups for name in group.get("names", ())]
         if names != state["names"] or len(state["random"]) != self.world:
             raise TrainingError(

@@ -54,8 +54,8 @@ class OptimizerMethod(HasSettings):
         """Return the optimizer."""
         raise TypeError(f"{type(self).__name__} must define build(groups, lr)")
 
-    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | None:
-        """Return what it does during training besides its steps, or None."""
+    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Hook | list[Hook] | None:
+        """Return what it does during training besides its steps (several hooks in their order), or None."""
         return None
 
     @classmethod
