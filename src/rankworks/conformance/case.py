@@ -163,7 +163,7 @@ def _choices(name: str, info: FieldInfo, method: Method) -> list[Any]:
         return [v for v in get_args(note) if v != default]
     if isinstance(note, type) and issubclass(note, MethodSpec):
         if method.axis == "optimizer":
-            return ["sgd"]
+            return [{"optimizer": "sgd", "momentum": 0.9}]  # some look along the base's momentum
         return [m.key for m in methods("delta") if m.cls.additive and m.key != default]  # type: ignore[attr-defined]
     if isinstance(default, bool):
         return [not default]

@@ -9,6 +9,7 @@ from rankworks.core.kernels.alone import alone
 from rankworks.core.kernels.drop import dropout
 from rankworks.core.kernels.folded import folded_linear, folds
 from rankworks.core.kernels.lowrank import Reading, fits, lowrank_linear, read, write
+from rankworks.core.kernels.noise import add_noise, noise
 from rankworks.core.kernels.rows import lowrank_row_norms, scale_rows
 from rankworks.core.kernels.sparse import add_entries, sparse_linear
 from rankworks.core.kernels.whole import whole_linear
@@ -16,6 +17,7 @@ from rankworks.core.kernels.whole import whole_linear
 __all__ = [
     "Reading",
     "add_entries",
+    "add_noise",
     "alone",
     "dropout",
     "fits",
@@ -23,6 +25,7 @@ __all__ = [
     "folds",
     "lowrank_linear",
     "lowrank_row_norms",
+    "noise",
     "read",
     "scale_rows",
     "sparse_linear",
