@@ -65,7 +65,8 @@ class Page:
 
     def __init__(self, driver: Chrome, path: Path):
         self.driver = driver
-        driver.get_log("browser"), driver.get_log("performance")  # what came before is not this page's
+        for log in ("browser", "performance"):
+            driver.get_log(log)  # what came before is not this page's
         driver.get(path.resolve().as_uri())
         self.wait(self.drawn, "a figure was not drawn")
 

@@ -81,7 +81,8 @@ def class_chart(before: Confusion | None, after: Confusion) -> go.Figure:
             "width": 3,
         }
         figure.add_bar(
-            x=[escape(label) for label in rows], y=[100 * s for s in share], name=name, marker_color=colour, error_y=error,
+            x=[escape(label) for label in rows], y=[100 * s for s in share], name=name, marker_color=colour,
+            error_y=error,
             customdata=[f"{right} of {total}" for right, total in rows.values()],
             hovertemplate="%{x}, " + name + ": %{y:.1f} % (%{customdata})<extra></extra>",
         )  # fmt: skip

@@ -30,7 +30,7 @@ def matrices(before: Confusion | None, after: Confusion) -> str:
     """Return the confusion matrices side by side."""
     both = {"before": before, "after": after}
     inner = (
-        f'<div class="scroll"><p class="soft small">{name}</p>{_matrix(confusion)}</div>'
+        f'<div class="scroll"><p class="soft small">{name}</p>{matrix(confusion)}</div>'
         for name, confusion in both.items()
         if confusion is not None
     )
@@ -38,7 +38,8 @@ def matrices(before: Confusion | None, after: Confusion) -> str:
     return f'<div class="two">{"".join(inner)}</div><p class="soft small legend">{legend}</p>'
 
 
-def _matrix(confusion: Confusion) -> str:
+def matrix(confusion: Confusion) -> str:
+    """Return a confusion matrix; a row is the right class."""
     head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in confusion.classes)
     body = ""
     for name, row in zip(confusion.classes, confusion.counts, strict=True):

@@ -41,7 +41,7 @@ def section(title: str, inner: str, name: str = "") -> str:
 def figure(drawing: go.Figure, says: str, name: str = "") -> str:
     """Return a figure, drawn when it is first seen; `says`: what it shows, for those who do not see it."""
     own = f' id="{escape(name)}"' if name else ""
-    height = int(drawing.layout.height or 400)
+    height = int(drawing.to_dict()["layout"].get("height", 400))
     data = str(drawing.to_json()).replace("<", "\\u003c")  # no text of the data ends the script
     return (
         f'<div class="figure"{own} role="img" aria-label="{escape(says)}" style="height: {height}px"></div>'

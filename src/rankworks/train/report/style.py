@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil, floor, log10
 from typing import Any
 
 import plotly.graph_objects as go
@@ -29,3 +30,11 @@ def caption(text: str, height: float) -> dict[str, Any]:
     """Return a title at the upper left of a panel that ends at `height`, a fraction of the figure's."""
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": height, "xanchor": "left", "yanchor": "bottom"}
     return {"text": text, "showarrow": False, "yshift": 6, **place}
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return where a logarithmic axis is labelled: at 1, 2, 5 of every decade, or at 1, 3, or at 1 the longer it is."""
+    decades = log10(high / low)
+    marks = (1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)
+    powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 1)
+    return [float(f"{mark}e{power}") for power in powers for mark in marks]

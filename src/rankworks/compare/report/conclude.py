@@ -1,0 +1,117 @@
+"""What the leaderboard allows one to conclude, in sentences: nothing is called better that was not shown to be.
+
+Two facts carry every claim. Rank 1 is a confidence set: the best arm is in it, and who stands alone there is the best.
+Against the baseline an arm is better or worse when its p-value, corrected for all comparisons, is below 1 - confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rankworks.compare.markdown import number, unit
+from rankworks.compare.result import CompareResult, Row
+from rankworks.train.report.words import size
+
+NAMED = 6
+"""Arms that a sentence names; more are counted."""
+
+
+def ran(result: CompareResult) -> list[Row]:
+    """Return the rows that have a rank, best first."""
+    return [row for row in result.leaderboard if row.rank is not None]
+
+
+def against_baseline(row: Row, result: CompareResult) -> str | None:
+    """Return "better", "worse" or "not shown" for a row beside the baseline; None where nothing was compared.
+
+    The interval of the difference is that of one comparison, the p-value is corrected for all: both must agree.
+    """
+    if row.difference is None or row.p_corrected is None:
+        return None
+    if row.p_corrected >= 1 - result.confidence:
+        return "not shown"
+    if row.difference > 0 and (row.difference_low is None or row.difference_low > 0):
+        return "better"
+    if row.difference < 0 and (row.difference_high is None or row.difference_high < 0):
+        return "worse"
+    return "not shown"
+
+
+def headline(result: CompareResult) -> str:
+    """Return the sentence to remember."""
+    rows, best = ran(result), [row for row in result.leaderboard if row.tie]
+    if not best:
+        return "No method ran to its end: there is nothing to conclude."
+    if len(rows) == 1:
+        return f"{best[0].method} alone ran to its end: there is nothing to compare it to."
+    if len(best) == 1:
+        return f"{best[0].method} is the best of {len(rows)} methods here ({result.confidence:.0%} confidence)."
+    if len(best) == len(rows):
+        return f"The {len(rows)} methods cannot be told apart: choose by cost."
+    return f"{len(best)} of {len(rows)} methods cannot be told apart from the best: choose among them by cost."
+
+
+def advice(result: CompareResult) -> list[str]:
+    """Return the sentences that follow: who is tied, who is cheapest among them, what stands against the baseline."""
+    best = [row for row in result.leaderboard if row.tie]
+    said = []
+    if len(best) > 1:
+        said += [f"Tied for the best: {named([row.method for row in best])}.", *_cheapest(best)]
+    said += _beside_baseline(result)
+    if len(best) > 1:
+        seeds, records = len(result.budget.get("seeds") or [0]), result.data.get("test")
+        said.append(
+            f"{seeds} {'seed' if seeds == 1 else 'seeds'} and {records} test records show no smaller differences: "
+            "more of both would."
+        )
+    return said + _untouched(result)
+
+
+def named(labels: Sequence[str]) -> str:
+    """Return names in a row, the first ones of many."""
+    if len(labels) > NAMED + 1:
+        return f"{', '.join(labels[:NAMED])} and {len(labels) - NAMED} more"
+    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
+
+
+def _cheapest(best: Sequence[Row]) -> list[str]:
+    """Return who among the tied costs least; nothing where all cost the same."""
+    found = []
+    costs: list[tuple[str, Callable[[Row], float | None], Callable[[float], str]]] = [
+        ("trains the fewest numbers", lambda row: row.trainable_parameters, lambda value: f"{value:,.0f}"),
+        ("needs the least memory", lambda row: row.memory_bytes, size),
+        ("has the shortest step", lambda row: row.step_seconds, lambda value: f"{value:.2g} s"),
+    ]
+    for words, cost, told in costs:
+        known = [(value, row.method) for row in best if (value := cost(row)) is not None]
+        if len({told(value) for value, _ in known}) > 1:
+            least = min(known)
+            found.append(f"{least[1]} {words} ({told(least[0])})")
+    return [f"Among them {'; '.join(found)}."] if found else []
+
+
+def _beside_baseline(result: CompareResult) -> list[str]:
+    judged = {row.method: against_baseline(row, result) for row in result.leaderboard}
+    if not any(judged.values()):
+        return []
+    better = [label for label, is_ in judged.items() if is_ == "better"]
+    worse = [label for label, is_ in judged.items() if is_ == "worse"]
+    name = result.baseline
+    said = [
+        f"Shown to be better than {name}: {named(better)}."
+        if better
+        else f"No method is shown to be better than {name}, the baseline."
+    ]
+    return [*said, f"Shown to be worse: {named(worse)}."] if worse else said
+
+
+def _untouched(result: CompareResult) -> list[str]:
+    """Return a warning where no arm is clearly better than the model before training."""
+    base, rows = result.base.get(result.metric), ran(result)
+    if base is None or not rows:
+        return []
+    told = number(base, result.metric)
+    ends = [row.low if result.higher_is_better else row.high for row in rows]
+    if any(end is not None and (end > base if result.higher_is_better else end < base) for end in ends):
+        return []
+    return [f"No method is shown to be better than the untouched model ({unit(result.metric)} {told})."]
