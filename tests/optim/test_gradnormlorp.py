@@ -293,9 +293,9 @@ def test_the_headline_figure_does_not_follow_at_the_published_ranks(
     """The abstract's "up to 89.5 %" of optimizer memory, with 8-bit moments.
 
     The state of two factors at rank r is 2 r (m + n) bytes of moments and, in 16 bits, two bases of r x r; of all else
-    two bytes a number. At the ranks of GaLore's table, which the scripts repeat, that saves 56 to 72 %, and with
-    embeddings, head and norms in 8 bits no treatment of the linear layers saves more than `rest`: less than 89.5 % at
-    60M and 130M.
+    two bytes a number. At the ranks of GaLore's table, which the scripts repeat (but for 1B: 1024 there), that saves 56
+    to 72 %, and with embeddings, head and norms in 8 bits no treatment of the linear layers saves more than `rest`:
+    less than 89.5 % at 60M and 130M.
     """
     assert saved(shape, rank) == pytest.approx(saving, abs=0.005)
     model = open_source(shape, "bfloat16").model
