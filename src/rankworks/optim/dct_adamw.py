@@ -3,18 +3,20 @@
     A = G (+ E)                                              E: what earlier steps left out, with `feedback`
     index, R = the r best vectors of A and its projection    (core/optim/dct.py), at step 1 and every `refresh` steps
     E <- A - back(R)
-    m, v <- those of the vectors that stay, at their new places; zero for new ones          (`rotate`)
+    m, v <- those of the vectors that stay, at their new places; zero for new ones          (with `rotate`)
     N = direction of AdamW on R, as torch has it;  W <- (1 - lr decay) W - lr factor back(N)
 
 The short side is projected: R = G Q_r (m, r) for m >= n, Q_r^T G (r, n) otherwise. Weights with a side of `largest` or
 more, and all that `targets` does not name, are trained by AdamW.
 
-The rotation Rm = Q_old^T Q_new is a partial permutation, so it is an index copy. It is on by default, off in the
-released code, where column j of the moments goes on as column j of whatever vector comes j-th: with vectors chosen
-afresh at every step the moments then belong to others. Indices are kept ascending, so that little is moved, and one
-list is enough: the old one is read before it is replaced (the released code keeps two). dct2 is the basis of the
-paper's FFT form, `vectors: dct3` that of the released default; the choice by l1 norm is the released one, `norm: 2`
-loses least. Not taken over: one basis for all sizes, and weights of a few shapes projected on their long side.
+The rotation Rm = Q_old^T Q_new is a partial permutation, so it is an index copy. It is off by default, as in the
+released code: column j of the moments goes on as column j of whatever vector comes j-th, which with ascending indices
+is mostly the same or a near one. With it a new vector starts from moments of zero and takes a step of
+(1 - b1) / sqrt(1 - b2), three times the rate. On a language model of 0.7 M numbers (rank 32 of 128, 150 steps, one
+seed) the last losses with it and without are 2.23 and 2.29 at a rate of 2e-3, 2.13 and 2.23 at 3e-3, 2.20 and 2.15 at
+5e-3, 2.29 and 2.09 at 1e-2. One list of indices is enough for it (the released code keeps two). dct2 is the basis of
+the paper's FFT form, dct3 that of the released default; the choice by l1 norm is the released one, `norm: 2` loses
+least. Not taken over: one basis for all sizes, and weights of a few shapes projected on their long side.
 
 State of a projected W (m, n), L and S its longer and shorter side: 2 r L moments, r int32, and E: m n numbers in W's
 type ("own"), or a byte or half a byte each and two float32 a row (the released 8 bits use 15 steps of 255).
@@ -55,7 +57,7 @@ class DCTAdamW(OptimizerMethod):
         "none",
         "what a projection leaves out comes again in the next step, kept in the weight's own type or in few bits",
     )
-    rotate: bool = Setting(True, "moments follow their vectors to new places")
+    rotate: bool = Setting(False, "moments follow their vectors to new places")
     norm: Literal[1, 2] = Setting(1, "by which vectors are ranked; 2 loses least")
     vectors: Vectors = Setting("dct2", "dct2: cosines; dct3: the transposed basis")
     route: Route = Setting(
