@@ -30,7 +30,7 @@ def finish(settings: TuneConfig, trials: int, optimum: float, diverges: float = 
 def test_the_first_trials_are_half_decades_from_the_middle_outwards():
     assert grid(tune(), 6) == [1e-3, 3.16e-3, 3.16e-4, 1e-2, 1e-4, 3.16e-2]
     assert sorted(grid(tune(), 3)) == [1e-4, 1e-3, 3.16e-2]  # fewer trials are spread over the range
-    assert grid(tune(), 1) in ([1e-3], [3.16e-4], [3.16e-3])
+    assert grid(tune(), 1) == [1e-3]
     listed = TuneConfig(lr=[1e-2, 1e-3])
     assert sorted(grid(listed, 5)) == [1e-3, 1e-2]
     more = agenda(tune(), 8, {})
@@ -87,8 +87,8 @@ def test_edges():
 def test_other_settings_start_at_their_first_choice_and_are_then_drawn():
     settings = tune(also={"adapt.alpha": [8, 32], "optim.warmup": {"low": 0.01, "high": 0.16}})
     first = agenda(settings, 7, {}).proposals
-    assert given(settings, first[0], 0) == {"lr": 1e-3, "adapt.alpha": 8, "optim.warmup": pytest.approx(0.04)}
-    assert given(settings, first[6], 6) == {}
+    assert given(settings, first[0]) == {"lr": 1e-3, "adapt.alpha": 8, "optim.warmup": pytest.approx(0.04)}
+    assert given(settings, first[6]) == {}
     assert set(distributions(settings, first[6])) == {"lr", "adapt.alpha", "optim.warmup"}
 
 

@@ -64,22 +64,21 @@ def compare(
     ledger = Ledger(config.storage or f"sqlite:///{Path(str(config.output)) / 'study.db'}", config.study)
     if not resume:
         ledger.forget()
+    named, baseline = config.baseline is not None, baseline_of(config, arms)
+    config.baseline = baseline
     ledger.study("reruns", shared_identity(config, task.classes))  # refused before a model is loaded
     base = Base(config, task, config.train.seed)
     bench = Bench(config, task, base, progress)
-    baseline = baseline_of(config, arms)
     planner = Planner(base.model, config, bench.prepared.encoder.max_length, bench.heads)
     kept, costs, unfit = plan_arms(planner, arms, config.budget, baseline)
     refused += unfit
     if not kept:
         raise ConfigError("no method can take the model: " + " ".join(f"{r.label}: {r.reason}" for r in refused))
     if baseline not in costs:
-        if config.baseline is not None:
-            raise ConfigError(
-                next(f"the baseline {r.label} cannot run: {r.reason}" for r in refused if r.label == baseline)
-            )
-        baseline = kept[0].label
-    config.baseline = baseline
+        if named or (config.budget.equal == "time" and config.budget.value is None):
+            reason = next(r.reason for r in refused if r.label == baseline)
+            raise ConfigError(f"the baseline {baseline} cannot run: {reason} Name another one.")
+        config.baseline = kept[0].label
     return _Comparison(config, kept, refused, costs, ledger, bench, command).run(progress)
 
 

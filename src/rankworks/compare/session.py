@@ -124,7 +124,7 @@ class Session:
         assert standing.agenda is not None
         proposal = next(p for p in standing.agenda.proposals if p.name == name)
         trials = count_of(arm.tune, config.budget.trials)
-        fixed = given(arm.tune, proposal, 0)
+        fixed = given(arm.tune, proposal)
         if name.startswith(("wider", AGAIN)) and standing.best is not None:
             fixed |= standing.best.settings
         study.sampler = sampler(arm.label, name, trials, config.train.seed)

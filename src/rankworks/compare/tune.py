@@ -75,10 +75,10 @@ def grid(tune: TuneConfig, trials: int) -> list[float]:
         points = [rounded(tune.lr.low * HALF_DECADE**k) for k in range(count)]
     else:
         points = sorted(tune.lr) if isinstance(tune.lr, list) else [tune.lr]
+    if trials == 1:
+        return [points[(len(points) - 1) // 2]]
     if trials < len(points):
-        places = [(len(points) - 1) * (k + 0.5) / trials if trials == 1 else 0.0 for k in range(trials)]
-        places = places if trials == 1 else [(len(points) - 1) * k / (trials - 1) for k in range(trials)]
-        points = [points[round(place)] for place in places]
+        points = [points[round((len(points) - 1) * k / (trials - 1))] for k in range(trials)]
     middle = (len(points) - 1) / 2
     order = sorted(range(len(points)), key=lambda i: (abs(i - middle), i))
     return [points[i] for i in order]
@@ -154,7 +154,7 @@ def distributions(tune: TuneConfig, proposal: Proposal) -> dict[str, BaseDistrib
     return {"lr": lr, **others}
 
 
-def given(tune: TuneConfig, proposal: Proposal, number: int) -> dict[str, Any]:
+def given(tune: TuneConfig, proposal: Proposal) -> dict[str, Any]:
     """Return the parameters of a trial that are not drawn: of the grid its rate, and the first choices elsewhere.
 
     A widened range is searched at the settings of the best trial, which the caller adds.

@@ -93,7 +93,7 @@ def _body(row: Row, result: CompareResult, scores: Axis | None, gaps: Axis | Non
         _cell("" if row.memory_bytes is None else size(row.memory_bytes), row.memory_bytes),
         _cell("" if row.step_seconds is None else f"{row.step_seconds:.2g} s", row.step_seconds),
         _cell(duration(row.seconds), row.seconds),
-        f'<td class="less">{copy_button("copy command", row.command, f"copy the command of {row.method}")}</td>',
+        f'<td class="less">{copy_button("copy", row.command, f"copy the command of {row.method}")}</td>',
     ]
     return (
         f'<tbody class="{style}" data-arm="{escape(row.method)}"><tr>{"".join(cells)}</tr>'

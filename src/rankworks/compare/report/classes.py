@@ -57,7 +57,7 @@ def _row(arm: ArmResult, confusion: Confusion, floor: float, confidence: float) 
         share, (low, high) = right / total, interval(right / total, total, confidence)
         part = (share - floor) / (1 - floor) if floor < 1 else 1.0
         tip = f"{arm.label}, {name}: {right} of {total}; {100 * low:.1f} to {100 * high:.1f} %"
-        ink = "; color: #fff" if part > 0.55 else ""
+        ink = "; color: #fff" if part > 0.75 else ""
         cells += (
             f'<td style="background: rgba(var(--cell), {0.04 + 0.86 * part:.3f}){ink}" title="{escape(tip)}">'
             f"{100 * share:.0f}</td>"

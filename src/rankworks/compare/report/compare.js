@@ -153,7 +153,7 @@ function pixels(figure, trace) {
     const y = trace.y[i];
     const error = trace.error_y;
     const ends = error?.array ? [down(y + error.array[i]), down(y - error.arrayminus[i])] : [down(y), down(y)];
-    return { text: trace.text[i], x, y: down(y), top: Math.min(...ends), bottom: Math.max(...ends) };
+    return { text: trace.text[i], needed: trace.meta.needed, x, y: down(y), top: Math.min(...ends), bottom: Math.max(...ends) };
   });
 }
 
@@ -178,23 +178,27 @@ async function namePoints(figure) {
   figure.captions ??= figure.layout.annotations ?? [];
   const { _size: room, font } = figure._fullLayout;
   const frame = { left: room.l, right: room.l + room.w + 8, top: room.t - 4, bottom: room.t + room.h };
-  const points = traces.toReversed().flatMap((trace) => pixels(figure, trace)); // the front is drawn last
+  const points = traces.toReversed().flatMap((trace) => pixels(figure, trace)); // those that are needed are drawn last
   const dots = points.map((p) => ({ left: p.x - 8, right: p.x + 8, top: p.y - 8, bottom: p.y + 8 }));
   const spans = points.map((p) => ({ left: p.x - 2, right: p.x + 2, top: p.top, bottom: p.bottom }));
   ruler.font = `${SIZE}px ${font.family}`;
-  const taken = [...dots, ...spans];
+  const taken = [];
   const names = [];
-  for (const point of points) {
+  const seen = new Set();
+  for (const point of points.filter(({ text }) => !seen.has(text) && seen.add(text))) {
     const plain = new DOMParser().parseFromString(point.text, "text/html").body.textContent;
-    const within = (box) => box.left >= frame.left && box.right <= frame.right && box.top >= frame.top && box.bottom <= frame.bottom;
-    const free = (box) => within(box) && !taken.some((other) => meet(box, other));
-    const box = stands(point, ruler.measureText(plain).width).find(free);
+    const within = (box) =>
+      box.left >= frame.left && box.right <= frame.right && box.top >= frame.top && box.bottom <= frame.bottom;
+    const free = (box, others) => within(box) && ![...others, ...taken].some((other) => meet(box, other));
+    const boxes = stands(point, ruler.measureText(plain).width);
+    const across = () => (point.needed ? boxes.find((box) => free(box, dots)) : undefined); // over an interval, if need be
+    const box = boxes.find((box) => free(box, [...dots, ...spans])) ?? across();
     if (!box) continue;
     taken.push(box);
     names.push({
       text: point.text, showarrow: false, xref: "paper", yref: "paper", xanchor: "left", yanchor: "middle",
       x: (box.left - room.l) / room.w, y: 1 - ((box.top + box.bottom) / 2 - room.t) / room.h,
-      font: { size: SIZE, color: colour("--ink") }, borderpad: 0, xshift: -1,
+      font: { size: SIZE, color: colour("--ink") }, borderpad: 0, xshift: -1, bgcolor: colour("--card"),
     });
   }
   figure.naming = true;

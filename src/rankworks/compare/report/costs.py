@@ -77,12 +77,13 @@ def _chart(found: list[Point], view: str, result: CompareResult) -> go.Figure:
             line={"shape": "hv", "color": BLUE, "width": 1.5, "dash": "dot"}, hoverinfo="skip",
         )  # fmt: skip
     _dots(drawing, behind, "behind it", GREY, factor, result)
-    _dots(drawing, front, "on the front", BLUE, factor, result)
+    _dots(drawing, front, "on the front", BLUE, factor, result, needed=True)
     for point in found:
         if point.label == result.baseline:
             drawing.add_scatter(
                 x=[point.cost], y=[factor * point.mean], name="the baseline", mode="markers", hoverinfo="skip",
                 marker={"color": ORANGE, "size": 17, "symbol": "diamond-open", "line": {"width": 2}},
+                meta={"labels": True, "needed": True}, text=[escape(point.label)],
             )  # fmt: skip
     style(drawing, HEIGHT)
     costs = [point.cost for point in found]
@@ -104,9 +105,15 @@ def _chart(found: list[Point], view: str, result: CompareResult) -> go.Figure:
 
 
 def _dots(
-    drawing: go.Figure, found: Sequence[Point], name: str, colour: str, factor: float, result: CompareResult
+    drawing: go.Figure,
+    found: Sequence[Point],
+    name: str,
+    colour: str,
+    factor: float,
+    result: CompareResult,
+    needed: bool = False,
 ) -> None:
-    """Add points with their intervals; meta.labels asks the page to name those that have the room."""
+    """Add points with their intervals; meta.labels asks the page to name those that have the room, "needed" first."""
     if not found:
         return
     drawing.add_scatter(
@@ -124,7 +131,7 @@ def _dots(
             "thickness": 1.2,
             "width": 0,
         },
-        meta={"labels": True},
+        meta={"labels": True, "needed": needed},
         text=[escape(p.label) for p in found],
         customdata=[[p.told, f"{number(p.low, result.metric)} to {number(p.high, result.metric)}"] for p in found],
         hovertemplate="<b>%{text}</b><br>%{y:.4g} (%{customdata[1]})<br>%{customdata[0]}<extra></extra>",

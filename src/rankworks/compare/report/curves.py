@@ -75,7 +75,7 @@ def rate_chart(result: CompareResult) -> go.Figure | None:
         annotations=[*captions, caption("diverged or failed", 1)] if broken else captions,
         margin={"r": 20, "b": 62},
     )
-    drawing.update_xaxes(ticktext=[f"{mark:g}" for mark in marks])
+    drawing.update_xaxes(ticktext=[f"{mark:.0e}".replace("e-0", "e-").replace("e+00", "") for mark in marks])
     _decade_ticks(drawing, values)
     return drawing
 
