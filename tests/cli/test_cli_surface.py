@@ -12,7 +12,7 @@ from workshop import rankworks
 
 import rankworks.cli as package
 
-COMMANDS = ("demo", "train", "methods", "plan", "check", "inspect", "merge", "export")
+COMMANDS = ("demo", "train", "compare", "methods", "plan", "check", "inspect", "merge", "export")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,12 +10,15 @@ from workshop import rankworks
 
 from rankworks.cli.demo import RECIPE
 from rankworks.cli.recipes import find, recipes
+from rankworks.compare import CompareConfig, load_compare_config
+from rankworks.compare.arms import expand
 from rankworks.core.hub import sample_models
 from rankworks.core.spec import AdaptSpec
 from rankworks.train import load_config
 from rankworks.train.sources import sample_data
 
 RECIPES = recipes()
+COMPARED = {name for name in RECIPES if name.startswith("compare-")}
 
 
 def opening(path: Path) -> list[str]:
@@ -33,19 +36,22 @@ def test_the_recipes_of_the_clone_are_found() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_opens_with_its_command_and_says_what_it_does(name: str) -> None:
     comment = opening(RECIPES[name])
-    assert comment[0] == f"rankworks train {name}"
+    assert comment[0] == f"rankworks {'compare' if name in COMPARED else 'train'} {name}"
     assert len(comment) > 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_reads(name: str) -> None:
-    config = load_config(RECIPES[name])
+    config = load_compare_config(RECIPES[name]) if name in COMPARED else load_config(RECIPES[name])
     assert config.model is not None
     assert config.data is not None
     assert config.model.name in {sample.name for sample in sample_models()}
     assert config.data.name in {sample.name for sample in sample_data()}
     assert config.output == f"runs/{name}"
-    AdaptSpec.from_flat(config.adapt)
+    if isinstance(config, CompareConfig):
+        assert expand(config)[0]
+    else:
+        AdaptSpec.from_flat(config.adapt)
 
 
 @pytest.mark.slow
