@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
+from rankworks.core.optim.dct import basis_rows, select
 from rankworks.core.optim.projection import leading_basis
 from rankworks.core.registry import build
 from rankworks.optim.fira import FiraAdamW
@@ -227,3 +228,34 @@ def test_the_state_is_galores_and_a_number_per_weight() -> None:
     assert optimizer_bytes({"optimizer": "fira"}, model) == 163_743_744 + 4 * weights
     optimizer = rw.make_optimizer(open_source("llama-60m", "bfloat16").model.requires_grad_(True), "fira")
     assert sum(len(g["params"]) for g in optimizer.param_groups if g["projected"]) == weights
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_among_cosines_a_subspace_is_indices(shape: tuple[int, int]) -> None:
+    """DCT-Fira: Fira in the basis of the r vectors that the gradient lies along most, at every refresh."""
+    parameter, optimizer = one(draw(*shape), subspace="dct", refresh=1, limit=None)
+    state, seen = optimizer.state[parameter], set()
+    for i in range(6):
+        G = draw(*shape, seed=70 + i)
+        moved = step(parameter, optimizer, G)
+        name, right = ("Q", True) if shape[0] > shape[1] else ("P", False)
+        assert torch.equal(state[name], select(G, 2, right, norm=2).index)
+        seen.add(tuple(state[name].tolist()))
+        part = basis_rows(state[name], 6, G).t()
+        rest = G - (G @ part @ part.t() if right else part @ part.t() @ G)
+        outside = moved - (moved @ part @ part.t() if right else part @ part.t() @ moved)
+        ratio = (outside / rest).movedim(1 if right else 0, 0)  # one factor per channel
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=1e-9, rtol=1e-9)
+    assert len(seen) > 1
+    assert state[name].dtype == torch.int32
+
+
+def test_among_cosines_the_state_is_smaller_by_the_bases() -> None:
+    model = open_source("llama-60m", "bfloat16").model.requires_grad_(True)
+    told = [optimizer_bytes({"optimizer": "fira", "rank": 128, "subspace": how}, model) for how in ("svd", "dct")]
+    assert told[0] - told[1] == 2 * 3_670_016 - 4 * 128 * 7 * 8
+
+
+def test_among_cosines_the_loss_falls_and_a_run_resumes(tmp_path: Path) -> None:
+    check_falls("fira", {"rank": 4, "subspace": "dct", "refresh": 1})
+    check_resumes(tmp_path, "fira", {"rank": 4, "subspace": "dct", "refresh": 3})

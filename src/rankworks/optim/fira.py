@@ -15,8 +15,10 @@ residual="reference" does as it does, and the published numbers come from there;
 step is orthogonal to the subspace. Decay comes after the step (`W <- W - lr decay W`) and eps is not corrected for the
 bias, as released. bits=8 keeps the moments in 8 bits.
 
-State of a projected W (m, n): GaLore's 2 r L + r S numbers and one float32, the norm of the last S.
-Source: arXiv:2410.01623, algorithm 1, equations 6 to 9, and its released code.
+State of a projected W (m, n): GaLore's 2 r L + r S numbers and one float32, the norm of the last S. subspace="dct" is
+DCT-Fira: the vectors of a fixed cosine basis that the gradient lies along most, r int32 in the place of r S numbers,
+and cheap enough for a refresh at every step (core/optim/dct.py).
+Source: arXiv:2410.01623, algorithm 1, equations 6 to 9, and its released code; arXiv:2505.17967 for DCT-Fira.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from torch import Tensor
 
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Setting
+from rankworks.core.optim.dct import INDEX, Columns, best_columns
 from rankworks.core.optim.method import Group
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
 from rankworks.core.optim.projected import Projected
-from rankworks.core.optim.projection import Basis, add_back, basis_numbers, projected_shape
+from rankworks.core.optim.projection import Basis, add_back, basis_numbers, projected_shape, sides
 from rankworks.core.optim.scaling import Scaling, add_scaled, check_scaling, norm_ratio
 from rankworks.core.optim.stepwise import Stepwise, count_step
 from rankworks.core.optim.subspace import Subspace, find_basis
@@ -47,7 +50,9 @@ class Fira(Projected):
     residual: Literal["paper", "reference"] = Setting("paper", "what is left out: G - P R, or G - scale P R")
     scaling: Scaling | None = Setting(None, "factors on what is left out; null: channel, or tensor where side is full")
     limit: float | None = Setting(1.01, "largest growth of the norm of what is left out; null: none", ge=1)
-    subspace: Subspace = Setting("warm", "how the subspace is found: from the one before, from probes, or exactly")
+    subspace: Literal[Subspace, "dct"] = Setting(
+        "warm", "how the subspace is found: from the one before, from probes, exactly, or among cosines"
+    )
     seed: int = Setting(0, "of the random probes of the first subspace")
     bits: Literal[8] | None = Setting(None, "8: moments in blocks of 8 bits; null: in the weight's type")
 
@@ -69,6 +74,8 @@ class Fira(Projected):
             return adam_bytes(parameter.numel(), size, self.bits)
         moments = adam_bytes(math.prod(projected_shape(shape, self.rank, self.side)), size, self.bits)
         norm = max(size, 4) if self.limit is not None else 0
+        if self.subspace == "dct":
+            return moments + INDEX * min(self.rank, *shape) * sum(sides(shape, self.side)) + norm
         return moments + size * basis_numbers(shape, self.rank, self.side) + norm
 
 
@@ -97,8 +104,14 @@ class FiraAdamW(Stepwise):
             parameter.mul_(1 - lr * decay)
 
     def _basis(self, state: dict[str, Any], gradient: Tensor, group: Group, t: int) -> Basis:
+        refreshed = (t - 1) % group["refresh"] == 0
+        if group["subspace"] == "dct":
+            if refreshed:
+                chosen = best_columns(gradient, group["rank"], group["side"])
+                state |= {name: index for name, index in zip("PQ", chosen, strict=True) if index is not None}
+            return Columns(state.get("P"), state.get("Q")).basis(gradient)
         old = Basis(state.get("P"), state.get("Q"))
-        if (t - 1) % group["refresh"]:
+        if not refreshed:
             return old
         draw, before = Draw(group["seed"], f"{self.name}:{t}"), None if t == 1 else old
         found = find_basis(gradient, group["rank"], group["side"], group["subspace"], before, draw)
