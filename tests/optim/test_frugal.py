@@ -27,6 +27,7 @@ from rankworks.plan.states import optimizer_bytes
 from rankworks.train.checkpoint import trained_tensors
 from tiny import tiny_bert_classifier, tiny_llama, token_batch
 
+KEPT = ("rows", "columns", "entries", "P", "Q", "left", "right")
 CHOSEN = ["columns", "rows", "randk", "randperm"]
 EXACT = {"atol": 1e-12, "rtol": 0.0}
 
@@ -49,7 +50,7 @@ def test_with_a_density_of_one_it_is_adamw(projection: str, moments: str) -> Non
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-@pytest.mark.parametrize("projection", ["block", *CHOSEN, "svd", "random"])
+@pytest.mark.parametrize("projection", ["block", *CHOSEN, "svd", "random", "dct"])
 def test_with_a_density_of_zero_it_is_signsgd_without_a_state(projection: str) -> None:
     parameter, optimizer = one(draw(6, 4), 0.0, projection=projection)
     for i in range(3):
@@ -91,20 +92,20 @@ def test_both_rules_have_their_own_numbers(projection: str, rest: str) -> None:
         step(parameter, optimizer, G)
         step(whole, reference, G)
         free = 0.99 * free - 0.1 * 0.5 * 0.25 * {"sign_sgd": G.sign(), "sgd": G, "no": 0 * G}[rest]
-    kept: Any = stored(optimizer.state[parameter])
+    kept: Any = stored(optimizer.state[parameter], parameter)
     free[kept.back(torch.ones_like(kept.into(weight)), (6, 4)) == 1] = 0.0
     kept.put(free, kept.into(whole.detach()))
     torch.testing.assert_close(parameter.detach(), free, **EXACT)
 
 
 @pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
-@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("projection", ["svd", "random", "dct"])
 def test_the_rest_of_a_basis_is_orthogonal_to_it(projection: str, side: str) -> None:
     """The first step is lr sign(R) taken back, and lr times the rest, whose squared norm is what R leaves of G's."""
     G = draw(6, 4)
     parameter, optimizer = one(draw(6, 4, seed=1), projection=projection, side=side, rest="sgd", eps=1e-30)
     moved = step(parameter, optimizer, G)
-    kept: Any = stored(optimizer.state[parameter])
+    kept: Any = stored(optimizer.state[parameter], parameter)
     R = kept.into(G)
     rest = G - kept.back(R)
     torch.testing.assert_close(moved, -0.1 * (kept.back(R.sign()) + rest), **EXACT)
@@ -131,7 +132,7 @@ def test_without_a_rest_and_a_reset_it_is_galore(shape: Any, side: str) -> None:
 # ---- the change of it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projection", [*CHOSEN, "svd", "random"])
+@pytest.mark.parametrize("projection", [*CHOSEN, "svd", "random", "dct"])
 def test_after_refresh_steps_another_share_begins_anew(projection: str) -> None:
     """A step at a change is the first step of an optimizer that knows nothing of the past."""
     parameter, optimizer = one(draw(12, 8), projection=projection, refresh=3, eps=1e-30)
@@ -140,16 +141,20 @@ def test_after_refresh_steps_another_share_begins_anew(projection: str) -> None:
         G = draw(12, 8, seed=i)
         moved = step(parameter, optimizer, G)
         shares.append(
-            [t.clone() for n, t in optimizer.state[parameter].items() if n in ("rows", "columns", "entries", "P", "Q")]
+            [
+                t.clone()
+                for n, t in optimizer.state[parameter].items()
+                if n in ("rows", "columns", "entries", "P", "Q", "left", "right")
+            ]
         )
     assert all(torch.equal(a, b) for a, b in zip(shares[0], shares[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(shares[2], shares[3], strict=True))
-    kept: Any = stored(optimizer.state[parameter])
+    kept: Any = stored(optimizer.state[parameter], parameter)
     R = kept.into(G)
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], 0.1 * R, **EXACT)
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg_sq"], 0.001 * R**2, **EXACT)
-    back = kept.back(R.sign()) if projection in ("svd", "random") else kept.back(R.sign(), (12, 8))
-    rest = G - (kept.back(R) if projection in ("svd", "random") else kept.back(R, (12, 8)))
+    back = kept.back(R.sign()) if projection in ("svd", "random", "dct") else kept.back(R.sign(), (12, 8))
+    rest = G - (kept.back(R) if projection in ("svd", "random", "dct") else kept.back(R, (12, 8)))
     torch.testing.assert_close(moved, -0.1 * back - 0.1 * rest.sign(), **EXACT)
 
 
@@ -209,7 +214,7 @@ def test_realigned_moments_of_columns_stay_with_their_columns() -> None:
     for i in range(5):
         G = draw(4, 8, seed=i)
         step(parameter, optimizer, G)
-        kept: Any = stored(optimizer.state[parameter])
+        kept: Any = stored(optimizer.state[parameter], parameter)
         m = kept.back(kept.into(0.9 * m + 0.1 * G), (4, 8))
         torch.testing.assert_close(kept.back(optimizer.state[parameter]["exp_avg"], (4, 8)), m, **EXACT)
 
@@ -354,6 +359,7 @@ RUNS: list[dict[str, Any]] = [
     {"refresh": 3, "projection": "columns", "moments": "realign"},
     {"refresh": 3, "projection": "randk", "rule": "sgdm", "rest": "sgd", "scale": 10.0},
     {"refresh": 3, "projection": "svd", "side": "full", "moments": "realign"},
+    {"refresh": 3, "projection": "dct", "moments": "realign"},
 ]
 
 

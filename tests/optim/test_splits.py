@@ -23,7 +23,7 @@ COORDINATES = [
     ("randk", "std"),
     *(("randperm", s) for s in ("std", "left", "full")),
 ]
-BASES = [(p, s) for p in ("svd", "random") for s in ("std", "reverse_std", "left", "right", "full")]
+BASES = [(p, s) for p in ("svd", "random", "dct") for s in ("std", "reverse_std", "left", "right", "full")]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +31,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def kept_of(projection: Any, side: Any, G: Tensor, density: float = 0.4, seed: int = 0) -> Any:
-    return Share(projection, density, side).find(G, Draw(seed, "w"))
+    found = Share(projection, density, side).find(G, Draw(seed, "w"))
+    return None if found is None else store({}, found, G)
 
 
 @pytest.mark.parametrize(("projection", "side"), [*COORDINATES, *BASES])
@@ -101,13 +102,13 @@ def test_every_coordinate_is_as_likely() -> None:
 def test_what_is_kept_goes_into_a_state_and_out_again() -> None:
     for projection, side in [*COORDINATES, *BASES]:
         G, state = draw(10, 7), {}
-        kept, share = kept_of(projection, side, G), Share(projection, 0.4, side)  # type: ignore[arg-type]
-        store(state, kept, G.numel())
+        share = Share(projection, 0.4, side)  # type: ignore[arg-type]
+        kept = store(state, share.find(G, Draw(0)), G)  # type: ignore[arg-type]
         assert sum(t.numel() * t.element_size() for t in state.values()) == share.bytes((10, 7), 8)
-        again = stored(state)
+        again = stored(state, G)
         assert type(again) is type(kept)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(again, kept, strict=True))
-    assert stored({}) is None
+    assert stored({}, draw(10, 7)) is None
     assert Share("columns", 0.05).find(draw(10, 7), Draw(0)) is None
 
 

@@ -6,9 +6,9 @@
 
 `projection` says what down and up are. `block` (default): whole tensors, round(density N) of N at a time in an `order`;
 those whose turn ends lose their moments. `columns`, `rows`, `randk`: the share `density` of a matrix's columns, rows or
-entries, rounded down. `svd`, `random`, `randperm`: round(density d) leading singular vectors of the gradient, random
-orthonormal directions, or random rows or columns of the `side` of size d. `rank` may stand for the density: rank / the
-shorter side of each weight, so that of a square one so many columns are kept.
+entries, rounded down. `svd`, `random`, `dct`, `randperm`: round(density d) directions of the `side` of size d, leading
+singular vectors of the gradient, random orthonormal ones, cosines (DCT-FRUGAL), or random rows or columns. `rank` may
+stand for the density: rank / the shorter side of each weight, so that of a square one so many columns are kept.
 Draws depend on (seed, step, name) alone. `rule` for g: adamw (torch's), lion, sgdm, signsgdm. For the `rest`: sign_sgd,
 sgd, or no step at all. `moments` at a change: reset with the count of steps (published), keep, or realign
 (core/optim/carry.py); among blocks both of these go on with what stays active.
@@ -19,14 +19,14 @@ vectors have entries only, so bases do not take them, and tensors that are no ma
 names are always trained by the rule for the rest: fine-tuning's linear layers that are not projected.
 
 State of a projected W (m, n) with k moments for each number of g: block k m n while active, columns and rows k m n
-density, randk the same and a list of places, bases r (S + k L) numbers.
+density, randk the same and a list of places, bases r (S + k L) numbers, cosines r k L and a list of r.
 Where the released code is not followed: its SGD starts momentum from the weights themselves in blocks and counts the
 first gradient 1 + mu times elsewhere, here it starts from zero; its randperm is a dense matrix, here a list; its count
 of entries is cut off after rounding (0.29 of 100 is 28), here it is 29; one of its densities serves all weights where a
 rank is given, here each its own. A momentum's decay is decoupled as its AdamW's is.
 The published settings differ: pretraining as the defaults; fine-tuning columns, rest_scale 0.1, refresh 500, decay 0.1.
 GaLore in these words: svd, moments=keep, rest=no, scale=0.25.
-Source: arXiv:2411.07837, algorithm 1, and its released code.
+Source: arXiv:2411.07837, algorithm 1, and its released code; arXiv:2505.17967 for cosines.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Frugal(OptimizerMethod):
     rank: int | None = Setting(None, "give the density as rank / shorter side of each weight", ge=1)
     refresh: int = Setting(200, "steps from one share to the next", ge=1)
     projection: Literal["block", Projection] = Setting("block", "which share: whole tensors, or a part of each")
-    side: Side = Setting("std", "svd, random, randperm: which side of the gradient; std: the shorter one")
+    side: Side = Setting("std", "svd, random, dct, randperm: which side of the gradient; std: the shorter one")
     subspace: Subspace = Setting("warm", "svd: how it is found, from the one before, from probes, or exactly")
     order: Order = Setting("random", "block: the order of turns")
     moments: Carry = Setting("reset", "what becomes of the moments when the share changes")
@@ -210,7 +210,7 @@ class SplitOptimizer(Stepwise):
     def _split(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, t: int) -> None:
         """The rule with moments on the share of the tensor, the other one on the rest."""
         place = (t - 1) % group["refresh"]
-        kept = self._kept(state, gradient, group, t) if place == 0 else stored(state)
+        kept = self._kept(state, gradient, group, t) if place == 0 else stored(state, gradient)
         if kept is None:
             self._free(parameter, gradient, group)
             return
@@ -227,12 +227,13 @@ class SplitOptimizer(Stepwise):
         """Find the next share, and take the moments over."""
         share = Share(group["projection"], group["density"], group["side"], group["subspace"])
         draw = Draw(group["seed"], f"{self.name} at step {t}", gradient.device)
-        old = stored(state)
-        new = share.find(gradient, draw, old)
-        if new is not None:
-            if old is not None:
-                carry(state, group["moments"], old, new)
-            store(state, new, gradient.numel())
+        old = stored(state, gradient)
+        found = share.find(gradient, draw, old)
+        if found is None:
+            return None
+        new = store(state, found, gradient)
+        if old is not None:
+            carry(state, group["moments"], old, new)
         return new
 
     def _free(self, parameter: Tensor, gradient: Tensor, group: Group) -> None:

@@ -137,11 +137,11 @@ class NormalisedAdamW(Stepwise):
 
     def _move(self, v: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, t: int) -> None:
         """A step along the direction of AdamW on R, taken back. The basis and the moments have the gradient's type."""
-        basis = stored(state)
+        basis = stored(state, gradient)
         if (t - 1) % group["refresh"] == 0:
             draw = Draw(group["seed"], f"{self.name}:subspace:{t}")
             basis = find_basis(gradient, group["rank"], group["side"], group["subspace"], basis, draw)  # type: ignore[arg-type]
-            store(state, basis, gradient.numel())
+            store(state, basis, gradient)
         assert isinstance(basis, Basis)
         R = basis.into(gradient)
         N, factor = adam_direction(state, R, t, group["betas"], group["eps"], bits=_bits(group["rule"]))

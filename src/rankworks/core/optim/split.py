@@ -3,6 +3,7 @@
     columns, rows, randk   coordinates of a matrix, or entries of any tensor, drawn at random (coordinates.py)
     randperm               random rows or columns of a side
     svd, random            the leading subspace, or random orthonormal directions, of a side (bases.py)
+    dct                    the vectors of the cosine basis that the gradient lies along most (dct.py); kept as a list
 
 R = into(G), and what is left is G - back(R): zero at what is kept, or orthogonal to the basis.
 """
@@ -10,7 +11,7 @@ R = into(G), and what is left is G - back(R): zero at what is kept, or orthogona
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +21,17 @@ from rankworks.core.draw import Draw
 from rankworks.core.optim.bases import basis_counts, density_rank, random_basis
 from rankworks.core.optim.carry import Kept
 from rankworks.core.optim.coordinates import Coordinates, Counts, count_coordinates, draw_coordinates, list_type
-from rankworks.core.optim.projection import Basis, Side, add_back
+from rankworks.core.optim.dct import INDEX, Columns, best_columns
+from rankworks.core.optim.projection import Basis, Side, add_back, sides
 from rankworks.core.optim.subspace import Subspace, find_basis
 
-Projection = Literal["columns", "rows", "randk", "randperm", "svd", "random"]
-BASES = ("svd", "random")
+Projection = Literal["columns", "rows", "randk", "randperm", "svd", "random", "dct"]
+BASES = ("svd", "random", "dct")
 LISTS = ("rows", "columns", "entries")
+COSINES = ("left", "right")
+
+
+Found = Kept | Columns
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Share:
         return count_coordinates(self.projection, shape, self.density, self.side)  # type: ignore[arg-type]
 
     def rank(self, shape: tuple[int, ...]) -> int:
-        """How many directions are kept: there are no more singular vectors than the shorter side has numbers."""
-        return density_rank(self.density, shape, self.side, min(shape) if self.projection == "svd" else None)
+        """How many directions are kept: no more singular vectors than the shorter side has numbers."""
+        return density_rank(self.density, shape, self.side, None if self.projection == "random" else min(shape))
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """How many numbers R has."""
@@ -57,11 +63,13 @@ class Share:
         counts = self.counts(shape)
         if not self.numbers(shape):
             return 0
+        if self.projection == "dct":
+            return INDEX * self.rank(shape) * sum(sides(shape, self.side))
         if counts is None:
             return basis_counts(shape, self.rank(shape), self.side)[0] * element_size
         return counts.bytes(math.prod(shape))
 
-    def find(self, G: Tensor, draw: Draw, old: Kept | None = None) -> Kept | None:
+    def find(self, G: Tensor, draw: Draw, old: Kept | None = None) -> Found | None:
         """Return what is kept of a gradient from now on, `old` being what was until now; None where that is nothing."""
         shape = tuple(G.shape)
         if not self.numbers(shape):
@@ -72,22 +80,34 @@ class Share:
         if self.projection == "svd":
             before = old if isinstance(old, Basis) else None
             return find_basis(G, self.rank(shape), self.side, self.subspace, before, draw)
+        if self.projection == "dct":
+            return best_columns(G, self.rank(shape), self.side)
         return random_basis(shape, self.rank(shape), self.side, draw, G.dtype)
 
 
-def store(state: dict[str, Any], kept: Kept, numbers: int) -> None:
-    """Keep a basis as P and Q, coordinates of a tensor of so many numbers as lists of the smallest type that serves."""
-    if isinstance(kept, Basis):
-        state |= {name: part for name, part in zip("PQ", kept, strict=True) if part is not None}
-    else:
-        lists = zip(LISTS, kept, strict=True)
-        state |= {name: part.to(list_type(numbers)) for name, part in lists if part is not None}
+def store(state: dict[str, Any], found: Found, G: Tensor) -> Kept:
+    """Keep what was found for G in a state, and return it: a basis as P and Q, choices as lists of integers."""
+    if isinstance(found, Basis):
+        state |= _named("PQ", found)
+        return found
+    if isinstance(found, Columns):
+        state |= _named(COSINES, found)
+        return found.basis(G)
+    kind = list_type(G.numel())
+    state |= _named(LISTS, (None if part is None else part.to(kind) for part in found))
+    return found
 
 
-def stored(state: Mapping[str, Any]) -> Kept | None:
-    """Return what `store` kept, or None."""
+def _named(names: Iterable[str], parts: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    return {name: part for name, part in zip(names, parts, strict=True) if part is not None}
+
+
+def stored(state: Mapping[str, Any], G: Tensor) -> Kept | None:
+    """Return what `store` kept, for a gradient like G, or None."""
     if "P" in state or "Q" in state:
         return Basis(state.get("P"), state.get("Q"))
+    if "left" in state or "right" in state:
+        return Columns(state.get("left"), state.get("right")).basis(G)
     lists = [state.get(name) for name in LISTS]
     if all(part is None for part in lists):
         return None
