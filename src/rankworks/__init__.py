@@ -34,15 +34,22 @@ if TYPE_CHECKING:
     from rankworks.plan.make import plan
     from rankworks.quantize.api import quantise
     from rankworks.train.api import train
+    from rankworks.train.meta import MetaLearner
     from rankworks.train.stream import Stream
 
 # What needs transformers, datasets or accelerate is imported when it is first used: these take seconds.
-_LATER = {"Stream": "rankworks.train.stream", "load_model": "rankworks.core.hub", "quantise": "rankworks.quantize"}
+_LATER = {
+    "MetaLearner": "rankworks.train.meta",
+    "Stream": "rankworks.train.stream",
+    "load_model": "rankworks.core.hub",
+    "quantise": "rankworks.quantize",
+}
 _VERBS = ("train", "plan", "export", "calibrate", "compare")  # packages that are called: rw.train(...), ...
 
 __all__ = [
     "AdaptSpec",
     "Bilevel",
+    "MetaLearner",
     "RankworksError",
     "Stream",
     "activate",
