@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from eight_bits import adopt_moments
+from loops import check_falls, check_resumes, whole_loop
 from torch import Tensor, nn
+from two_processes import check_two
 
 import rankworks as rw
+from rankworks.core.errors import ConfigError
 from rankworks.core.optim.projection import leading_basis, projected_shape
 from rankworks.optim.galore import Projected
 from rankworks.plan.source import open_source
@@ -185,3 +190,139 @@ def test_the_state_of_the_papers_models_in_16_bits(shape: str, rank: int, told: 
     """All weights trained, on the meta device: 2 r L + r S numbers of a linear layer, two of any other number."""
     model = open_source(shape, "bfloat16").model.requires_grad_(True)
     assert optimizer_bytes({"optimizer": "galore", "rank": rank}, model) == told
+
+
+# ---- other rules, tensors of more dimensions, runs -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_with_adafactor_it_takes_the_released_packages_steps(shape: Any, beta1: float) -> None:
+    """On one subspace, as with AdamW; also the running mean of steps and the decay before the step."""
+    import galore_torch as galore
+
+    weight = draw(*shape).float()
+    ours, optimizer = one(weight, rank=3, scale=0.25, rule="adafactor", eps=1e-30, beta1=beta1, weight_decay=0.01)
+    theirs = nn.Parameter(weight.clone())
+    group: Any = {"params": [theirs], "rank": 3, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    reference = galore.GaLoreAdafactor(
+        [group], lr=0.1, beta1=beta1 or None, weight_decay=0.01, scale_parameter=False, relative_step=False
+    )
+    for i in range(8):
+        gradient = draw(*shape, seed=30 + i).float()
+        step(ours, optimizer, gradient)
+        step(theirs, reference, gradient)
+    torch.testing.assert_close(ours.detach(), theirs.detach(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_in_8_bits_it_takes_bitsandbytes_steps_in_the_subspace(shape: Any) -> None:
+    """As the released code does it: the package's optimizer on zeros of R's shape, its step projected back.
+
+    From the same moments each time: bitsandbytes' quantiser on the CPU puts 1 code in 700 in a neighbour's place.
+    """
+    import bitsandbytes
+
+    weight = draw(*shape).float()
+    ours, optimizer = one(weight, rank=48, scale=0.25, rule="adamw8bit", eps=1e-8, weight_decay=0.01)
+    kept = nn.Parameter(torch.zeros(projected_shape(shape, 48, "std")))
+    reference = bitsandbytes.optim.AdamW8bit([kept], lr=0.1, weight_decay=0.0)
+    theirs, basis = weight.clone(), leading_basis(draw(*shape, seed=30).float(), 48, "std")
+    for i in range(5):
+        gradient = draw(*shape, seed=30 + i).float()
+        step(ours, optimizer, gradient)
+        kept.data.zero_()
+        step(kept, reference, basis.into(gradient))
+        theirs = (theirs + 0.25 * basis.back(kept.data)) * (1 - 0.1 * 0.01)
+        torch.testing.assert_close(ours.detach(), theirs, atol=3e-6, rtol=0)
+        adopt_moments(reference.state[kept], optimizer.state[ours])
+
+
+def test_in_8_bits_small_projections_keep_float32() -> None:
+    for shape, kind in (((96, 64), torch.uint8), ((30, 20), torch.float32)):
+        parameter, optimizer = one(draw(*shape).float(), rank=48, rule="adamw8bit")
+        step(parameter, optimizer, draw(*shape, seed=1).float())
+        assert optimizer.state[parameter]["exp_avg"].dtype == kind
+
+
+def test_a_tensor_keeps_moments_of_its_core_and_a_factor_a_dimension() -> None:
+    weight, G = draw(12, 7, 3, 3), draw(12, 7, 3, 3, seed=1)
+    parameter, optimizer = one(weight, rank=4, scale=0.5, eps=1e-30)
+    moved = step(parameter, optimizer, G)
+    state = optimizer.state[parameter]
+    shapes = {k: tuple(v.shape) for k, v in state.items() if k != "step"}
+    assert shapes == {"exp_avg": (4, 4, 3, 3), "exp_avg_sq": (4, 4, 3, 3), "U0": (12, 4), "U1": (7, 4)}
+    U = [torch.linalg.svd(G.movedim(i, 0).reshape(G.shape[i], -1)).U[:, :4] for i in range(2)]
+    core = torch.einsum("abij,ax,by->xyij", G, *U)
+    wanted = -0.1 * 0.5 * torch.einsum("xyij,ax,by->abij", core.sign(), *U)
+    torch.testing.assert_close(moved, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "adafactor"])
+def test_convolutions_are_projected_where_they_are_named(rule: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 24, 3), nn.Flatten(), nn.Linear(24, 8))
+    settings: dict[str, Any] = {"rank": 6, "refresh": 3, "rule": rule, "targets": "0"}
+    optimizer = rw.make_optimizer(model, "galore", lr=1e-2, **settings)
+    x, y = draw(16, 16, 3, 3).float(), torch.arange(16) % 8
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    state = optimizer.state[model[0].weight]  # type: ignore[index]
+    assert {"U0", "U1"} <= set(state)
+    assert "U2" not in state
+    held = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
+    assert optimizer_bytes({"optimizer": "galore", **settings}, model) == held
+
+
+def test_settings_of_another_rule_are_refused() -> None:
+    for settings, told in (
+        ({"beta1": 0.9}, "beta1 .* rule=adafactor"),
+        ({"rule": "adamw8bit", "clip_threshold": 2.0}, "clip_threshold .* rule=adafactor"),
+        ({"rule": "adafactor", "betas": (0.8, 0.9)}, "betas .* rule=adamw"),
+        ({"eps": 0.0}, "above zero"),
+        ({"rank": 0}, "rank"),
+        ({"rule": "adam"}, "adamw"),
+        ({"subspace": "exact"}, "warm"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            rw.make_optimizer(nn.Linear(4, 4), "galore", **settings)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("side", ["std", "full"])
+def test_steps_in_the_backward_pass_give_the_same_weights(rule: Any, side: Any) -> None:
+    runs = []
+    for layerwise in (False, True):
+        options = {"rank": 4, "refresh": 2, "rule": rule, "side": side}
+        runs.append(whole_loop("galore", options, steps=5, lr=1e-3, clip=None, layerwise=layerwise))
+        runs[-1].model.double()
+        runs[-1].run()
+    for one_, other in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(one_, other, atol=1e-9, rtol=0)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"subspace": "randomised", "side": "full"},
+    {"subspace": "svd", "rule": "adafactor", "beta1": 0.5},
+    {"rule": "adamw8bit", "side": "reverse_std"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_loss_falls_and_a_run_goes_on_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    """Left after five steps and one refresh of every three."""
+    options = {"rank": 4, "refresh": 3, "scale": 1.0, **options}
+    check_falls("galore", options)
+    check_resumes(tmp_path, "galore", options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subspace", ["warm", "svd"])
+def test_two_processes_equal_one(subspace: str, tmp_path: Path) -> None:
+    check_two(tmp_path, "galore", {"rank": 4, "refresh": 2, "subspace": subspace}, near=1e-5)

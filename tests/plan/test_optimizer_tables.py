@@ -36,9 +36,9 @@ from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
 
 UNIT, GIB = 1.024e9, 2**30
-SIZES = ("60m", "130m", "350m", "1b")
-NOMINAL = dict(zip(SIZES, (60e6, 130e6, 350e6, 1331.2e6), strict=True))
-RANK = dict(zip((*SIZES, "7b"), (128, 256, 256, 512, 1024), strict=True))
+SIZES: tuple[str, ...] = ("60m", "130m", "350m", "1b")
+NOMINAL: dict[str, float] = dict(zip(SIZES, (60e6, 130e6, 350e6, 1331.2e6), strict=True))
+RANK: dict[str, int] = dict(zip((*SIZES, "7b"), (128, 256, 256, 512, 1024), strict=True))
 
 
 @cache

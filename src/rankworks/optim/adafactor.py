@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankworks.core.errors import ConfigError
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.optim.adafactor import adafactor_numbers, adafactor_step
 from rankworks.core.optim.method import Group, OptimizerMethod
@@ -37,6 +38,13 @@ class Adafactor(OptimizerMethod):
     scale_parameter: bool = Setting(False, "rates in proportion to a weight's root mean square")
     relative_step: bool = Setting(False, "rates fall with 1 / sqrt(t); lr is then a factor")
     warmup_init: bool = Setting(False, "with relative_step: rates rise from 1e-6")
+
+    @classmethod
+    def agree(cls, spec: Any) -> None:
+        """A warm-up of relative steps needs relative steps."""
+        super().agree(spec)
+        if spec.warmup_init and not spec.relative_step:
+            raise ConfigError("warmup_init belongs to relative_step: set relative_step=true too.")
 
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""

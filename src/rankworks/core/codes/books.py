@@ -66,8 +66,8 @@ def code_book(code: Code, bits: int) -> Tensor:
 def dynamic_book(signed: bool) -> Tensor:
     """Return the 256 values of the dynamic code book, ascending, float32."""
     values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (0 if signed else 1)) + 1, dtype=torch.float64)
+    for decade in range(7):  # in float32 all along, so that the values are bitsandbytes' to the bit
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (0 if signed else 1)) + 1, dtype=torch.float32)
         middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
         values += middles + [-m for m in middles] * signed
-    return torch.tensor(sorted(values), dtype=torch.float64).float()
+    return torch.tensor(sorted(values), dtype=torch.float32)
