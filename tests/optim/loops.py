@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from training import make_loop
+from training import make_loop  # type: ignore[import-not-found]
 
 from rankworks.core.hooks import Hook, Moment
 from rankworks.train.checkpoint import trained_tensors
@@ -33,9 +33,11 @@ class Stops(Hook):
             raise StopError
 
 
-def whole_loop(name: str, options: dict[str, Any], folder: Path | None = None, **settings: Any) -> Loop:
+def whole_loop(
+    name: str, options: dict[str, Any], folder: Path | None = None, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Loop:
     """A loop that trains a whole tiny model."""
-    model = tiny_llama().requires_grad_(True)
+    model = tiny_llama().to(dtype).requires_grad_(True)
     return make_loop(model, folder, name=name, options=options, **settings)
 
 

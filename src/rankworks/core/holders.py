@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rankworks.core.codes.groups import dequantise_groups
 from rankworks.core.errors import TargetError
 
 
 def is_quantised(tensor: Any) -> bool:
     """Return whether the tensor holds packed or integer codes in place of the weight's own numbers."""
-    return hasattr(tensor, "quant_state") or hasattr(tensor, "CB") or not tensor.is_floating_point()
+    return any(hasattr(tensor, name) for name in ("quant_state", "CB", "held")) or not tensor.is_floating_point()
 
 
 def is_turned(tensor: Any) -> bool:
@@ -32,6 +33,8 @@ def dense_weight(tensor: Any, module: Any = None) -> Tensor:
     """
     if not is_quantised(tensor):
         return tensor
+    if hasattr(tensor, "held"):  # integers that are trained (core/integers.py)
+        return dequantise_groups(tensor.held, tensor.dtype)
     if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes Params4bit
         from bitsandbytes import functional
 

@@ -175,4 +175,4 @@ def stacked_parameters(module: nn.Module) -> list[str]:
 
 
 def _linear_shape(module: Any) -> tuple[int, int]:
-    return module.out_features, module.in_features
+    return (module.nf, module.nx) if is_conv1d_hf(module) else (module.out_features, module.in_features)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankworks.core.integers import make_dense
+from rankworks.core.optim.pairs import release
 from rankworks.core.optim.resting import wake_all
 from rankworks.core.registry import MethodSpec, build
 
@@ -22,6 +24,8 @@ def make_optimizer(
     besides its steps is in `optimizer.method_hooks`: the own loop and `train.HookCallback` call these. Raises
     `UnknownNameError`, `ConfigError`, or `TrainingError` when nothing is trainable.
     """
+    make_dense(model)
+    release(model)
     wake_all(model)
     spec = build("optimizer", name, **settings)
     method: Any = spec.method.cls(spec)  # type: ignore[call-arg]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rankworks.core.delta import Delta
 from rankworks.core.errors import StoreError, TrainingError
 from rankworks.core.files import atomic_folder, atomic_write
+from rankworks.core.integers import held_tensors
 from rankworks.train.tensors import read_tree, write_tree
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     """
     held = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in held)
-    found: dict[str, Tensor] = dict(trained)
+    found = {key: tensor for name, parameter in trained for key, tensor in _stored(name, parameter)}
     persistent = set(model.state_dict(keep_vars=True))
     for prefix, module in model.named_modules():
         if isinstance(module, Delta):
@@ -53,6 +54,12 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
             buffers = ((f"{prefix}.{name}", b) for name, b in module.named_buffers())
             found |= {name: b for name, b in buffers if name in persistent}
     return found
+
+
+def _stored(name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
+    """A parameter under its name, or what holds its numbers where these are integers."""
+    held = held_tensors(parameter)
+    return [(name, parameter)] if held is None else [(f"{name}.{part}", tensor) for part, tensor in held.items()]
 
 
 def load_trained_tensors(

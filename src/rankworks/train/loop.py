@@ -27,6 +27,7 @@ from torch import nn
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
+from rankworks.train.apart import average_gradients, leave_out
 from rankworks.train.batches import Batch, Collator, Example, Sampler
 from rankworks.train.checkpoint import (
     Checkpoints,
@@ -114,6 +115,7 @@ class Loop:
             unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
             self.accelerator.ddp_handler = unused
         objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
+        self.apart = leave_out(objective)
         self.objective: Any = self.accelerator.prepare_model(objective, device_placement=False)
         self.device = next(model.parameters()).device
         self.evaluating = Evaluating(self, objective) if getattr(self.optimizer, "closure", False) else None
@@ -237,6 +239,8 @@ class Loop:
                 # Several processes average their gradients, so each share is multiplied by how many there are.
                 (summed * (self.world / learned)).backward()
             total += summed.detach().float()
+        if mode == "gather":
+            average_gradients(self.apart, self.world)
         return float(self.accelerator.reduce(total, "sum")) / learned  # type: ignore[arg-type]
 
     def _clip(self) -> float:

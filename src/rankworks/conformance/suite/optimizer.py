@@ -13,6 +13,7 @@ from rankworks.conformance.case import bits_equal, random_state
 from rankworks.conformance.errors import ConformanceError, NotApplicable
 from rankworks.conformance.optimizer_case import STEPS, OptimizerCase, Run, language_loss, numbers
 from rankworks.conformance.run import check
+from rankworks.core.holders import dense_weight
 from rankworks.core.optim.stepwise import STEP
 from rankworks.core.registry import Method, build
 from rankworks.core.summary import trained
@@ -123,9 +124,9 @@ def what_has_no_gradient_stays(method: Method, case: OptimizerCase) -> None:
 
     run = Run(case, alter=drop, weight_decay=0.1)
     dropped = _dropped(run.model)
-    before = [p.detach().clone() for p in dropped]
+    before = [dense_weight(p).detach().clone() for p in dropped]
     run.go(4)
-    if not all(torch.equal(p, was) for p, was in zip(dropped, before, strict=True)):
+    if not all(torch.equal(dense_weight(p), was) for p, was in zip(dropped, before, strict=True)):
         raise ConformanceError("a parameter without a gradient as it was", "another", "update()")
     if any(isinstance(v, Tensor) and v.numel() > 1 for p in dropped for v in run.optimizer.state.get(p, {}).values()):
         raise ConformanceError("no state for a parameter without a gradient", "some", "what is made before it is used")
@@ -185,9 +186,11 @@ def decay_shrinks_matrices(method: Method, case: OptimizerCase) -> None:
                 parameter.grad.zero_()
 
     run = Run(case, torch.float64, alter=silence, weight_decay=0.5)
-    before = [(p, p.detach().clone()) for group in run.optimizer.param_groups for p in group["params"]]
+    trains = [p for group in run.optimizer.param_groups for p in group["params"]]
+    before = [dense_weight(p).detach().clone() for p in trains]
     run.go(4)
-    moved = [(p, was) for p, was in before if not torch.equal(p, was)]
+    after = [dense_weight(p) for p in trains]
+    moved = [(p, was) for p, was in zip(after, before, strict=True) if not torch.equal(p, was)]
     if not moved or not all(p.ndim > 1 and p.norm() < was.norm() for p, was in moved):
         raise ConformanceError("smaller matrices, vectors as they were", "others", "weight_decay in update()")
 
