@@ -39,6 +39,16 @@ def test_costs_are_those_of_the_real_adapter():
         assert costs[arm.label].peak_bytes > 0
 
 
+def test_the_whole_model_costs_its_weights_and_what_the_optimizer_keeps():
+    _, (_, costs, _) = planned(["lora", "full"], {}, adapt={"rank": 4})
+    model = tiny_llama(hidden=64)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert costs["full"].trainable == sum(p.numel() for p in model.parameters())
+    assert costs["full"].peak_bytes >= 5 * weights  # weights, two moments, gradients and as much scratch
+    assert costs["full"].peak_bytes > costs["lora"].peak_bytes
+    assert costs["full"].flops > costs["lora"].flops
+
+
 def test_equal_parameters_solve_the_rank_of_every_method():
     entries = ["lora", "dora", "lora-xs", {"delta": "lora", "init": "pissa"}]
     _, (arms, costs, refused) = planned(entries, {"equal": "parameters", "value": 9000, "tolerance": 0.15})

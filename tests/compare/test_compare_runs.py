@@ -282,3 +282,46 @@ def test_blame_tells_outcomes_apart():
     assert blame(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"))[0] == "out of memory"
     assert blame(TrainingError("training stopped at step 2: the norm of the gradient became inf."))[0] == "diverged"
     assert blame(TrainingError("no token of the batch of step 1 has a label"))[0] == "failed"
+
+
+def test_the_whole_model_is_an_arm_and_gives_the_base_back(tmp_path: Path):
+    settings = small_compare(
+        tmp_path, methods=["full", "lora"], baseline="full", budget={"trials": 1, "steps": 3, "seeds": 1}
+    )
+    settings["tune"] = {"lr": 1e-3}
+    result = compare(settings, progress=False)
+    assert {row.status for row in result.leaderboard} == {"ok"}
+    full, lora = result.arm("full"), result.arm("lora")
+    assert full.trainable_parameters == result.model["parameters"] > lora.trainable_parameters
+    alone = compare(
+        {**settings, "output": str(tmp_path / "alone")}, ["methods=[lora]", "baseline=lora"], progress=False
+    )
+    assert alone.arm("lora").reruns[0].losses == lora.reruns[0].losses
+    again = run(tmp_path / "out" / "arms" / "full.yaml", [f"output={tmp_path / 'again'}"], progress=False)
+    assert again.after == full.reruns[0].metrics
+    assert [round(x, 6) for x in again.losses] == [loss for _, loss in full.reruns[0].losses]
+
+
+def test_optimizers_are_compared_on_models_from_nothing(tmp_path: Path):
+    small_compare(tmp_path)
+    for name in ("train", "valid", "test"):
+        texts = [json.dumps({"text": f"{r['text']} {r['label']} " * 4}) for r in records(15)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+    settings = small_compare(
+        tmp_path,
+        model={"start": "random"},
+        data={"max_length": 32, "chat": None},
+        methods=["adamw", "sgd"],
+        baseline="adamw",
+        budget={"trials": 1, "steps": 3, "seeds": 2},
+    )
+    settings["adapt"], settings["tune"] = "none", {"lr": 1e-2}
+    result = compare(settings, progress=False)
+    assert [r.status for r in result.leaderboard] == ["ok", "ok"]
+    one, two = result.arm("adamw").reruns
+    assert one.losses[0] != two.losses[0]  # every seed has weights of its own
+    assert one.losses[0] == result.arm("sgd").reruns[0].losses[0]
+    again = run(
+        tmp_path / "out" / "arms" / "sgd.yaml", ["train.seed=2", f"output={tmp_path / 'again'}"], progress=False
+    )
+    assert [round(x, 6) for x in again.losses] == [loss for _, loss in result.arm("sgd").reruns[1].losses]

@@ -18,10 +18,11 @@ from rankworks.compare.config import BudgetConfig
 from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.progress import track
 from rankworks.core.targets import find_modules
-from rankworks.plan import Plan, format_bytes, parse_bytes, rank_for_budget
+from rankworks.plan import Plan, format_bytes, optimizer_bytes, parse_bytes, rank_for_budget
 from rankworks.plan.compared import HIGHEST_RANK, with_rank
 from rankworks.plan.make import Step, plan_on
 from rankworks.plan.source import Source, open_source
+from rankworks.plan.trace import step_inputs, trace_step
 from rankworks.train.config import OptimConfig, RunConfig
 from rankworks.train.search import must_search, widest
 
@@ -47,14 +48,30 @@ class Planner:
     def cost(self, arm: Arm) -> Cost:
         """Return what an arm costs. Raises `RankworksError` where its method cannot take the model."""
         if arm.adapt is None:
-            count = self.source.parameters
-            return Cost(count, count, 0, 0.0)
+            return self._whole(arm)
         spec = arm.spec(full=self.heads)
         if must_search(spec):
             spec = widest(self.source.model, spec)
         plan: Plan = plan_on(self.source, spec, self._step(arm), None)
         adapter = plan.trainable_parameters - (self.of_heads if arm.adapt.get("full") is None else 0)
         return Cost(plan.trainable_parameters, adapter, plan.peak_bytes, plan.step_flops)
+
+    def _whole(self, arm: Arm) -> Cost:
+        """Return what training the whole model costs: as of an adapter, with the weights themselves as what learns."""
+        model, step, source = self.source.model, self._step(arm), self.source
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(True)
+        try:
+            gradients = sum(p.nbytes for p in model.parameters())
+            states = optimizer_bytes(step.states, model)
+            inputs = step_inputs(model, step.batch_size, step.sequence, step.example)
+            trace = None if inputs is None else trace_step(model, inputs, step.loss, step.checkpointing, step.fused)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[name])
+        moving = max(trace.peak if trace else 0, 2 * gradients)
+        peak = source.weight_bytes + source.unpacked_bytes + states + moving
+        return Cost(source.parameters, source.parameters, peak, trace.flops if trace else 0.0)
 
     def _step(self, arm: Arm) -> Step:
         optim, train = OptimConfig(**arm.optim), self.config.train

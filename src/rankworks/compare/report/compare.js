@@ -97,6 +97,8 @@ function colourTrace(trace) {
 
 async function colourFigure(figure) {
   if (figure.dataset.drawn !== "yes" || !figure.data.some((trace) => trace.meta?.arm)) return;
+  figure.stale = figure.offsetParent === null; // one that is not seen is coloured when it is
+  if (figure.stale) return;
   figure.data.filter((trace) => trace.meta?.arm).forEach(colourTrace);
   await Plotly.redraw(figure);
   await namePoints(figure);
@@ -219,7 +221,10 @@ function nameAgain(figure) {
   figure.rest = setTimeout(() => namePoints(figure), 350);
 }
 
-document.addEventListener("shown", (event) => nameAgain(event.target));
+document.addEventListener("shown", async (event) => {
+  if (event.target.stale) await colourFigure(event.target);
+  nameAgain(event.target);
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   document.querySelectorAll(".figure[data-drawn='yes']").forEach(nameAgain),
 );
