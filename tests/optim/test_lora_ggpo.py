@@ -169,7 +169,7 @@ def test_gradients_are_those_at_the_perturbed_weight(delta: str) -> None:
     loss, gradients = run()
     with torch.no_grad():
         for place in hook.places:
-            place.site.module.weight += place.factored.amended._E(torch.float64)
+            place.site.module.weight += place.factored.amended.matrix_of(torch.float64)
     hook.after_step(Moment(model, optimizer, 1, 9))
     other, wanted = run()
     assert loss == pytest.approx(other, rel=1e-12)
@@ -188,7 +188,7 @@ def test_inside_dora_the_noise_is_on_what_the_magnitudes_scale() -> None:
     hook.before_forward(Moment(model, optimizer, 1, 9))
     weight = model[0].weight.detach()
     V = weight + delta.inner.dense(weight).detach()
-    scaled = (delta.m / V.norm(dim=1)).unsqueeze(1) * (V + hook.places[0].factored.amended._E(torch.float64))
+    scaled = (delta.m / V.norm(dim=1)).unsqueeze(1) * (V + hook.places[0].factored.amended.matrix_of(torch.float64))
     x = draw(5, 9, seed=1)
     torch.testing.assert_close(model(x), x @ scaled.t(), **EXACT)
 

@@ -11,7 +11,7 @@ import torch
 import rankworks as rw
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
-from rankworks.core.optim.gram import gram, reciprocal
+from rankworks.core.optim.gram import grams, reciprocal
 from rankworks.core.optim.pairs import paired_groups, pairs_of, partner, trained_pairs
 from rankworks.core.ranks.surgery import keep_ranks, rebind, replace_ranks
 from tiny import tiny_llama
@@ -114,13 +114,15 @@ def test_surgery_leaves_pairs_together_at_their_scale() -> None:
 
 def test_a_gram_matrix_is_inverted_with_damping_relative_to_its_trace() -> None:
     F = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram(F, 0.0).inverse, torch.linalg.inv(F @ F.t()), atol=1e-12, rtol=0)
+    torch.testing.assert_close(grams([F], 0.0)[0].inverse, torch.linalg.inv(F @ F.t()), atol=1e-12, rtol=0)
     damped = F @ F.t() + 0.01 * (F @ F.t()).trace() / 3 * torch.eye(3, dtype=F.dtype)
-    torch.testing.assert_close(gram(F, 0.01).inverse, torch.linalg.inv(damped), atol=1e-12, rtol=0)
-    torch.testing.assert_close(gram(1e-9 * F, 0.01).inverse * 1e-18, gram(F, 0.01).inverse, atol=1e-10, rtol=0)
+    torch.testing.assert_close(grams([F], 0.01)[0].inverse, torch.linalg.inv(damped), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        grams([1e-9 * F], 0.01)[0].inverse * 1e-18, grams([F], 0.01)[0].inverse, atol=1e-10, rtol=0
+    )
 
 
 def test_a_factor_of_zeros_has_the_inverse_zero() -> None:
-    assert not gram(torch.zeros(3, 7), 1e-6).inverse.any()
-    assert gram(torch.zeros(0, 7), 1e-6).inverse.shape == (0, 0)
+    assert not grams([torch.zeros(3, 7)], 1e-6)[0].inverse.any()
+    assert grams([torch.zeros(0, 7)], 1e-6)[0].inverse.shape == (0, 0)
     assert reciprocal(torch.tensor([0.0, 2.0])).tolist() == [0.0, 0.5]

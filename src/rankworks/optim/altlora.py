@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from rankworks.core.fields import NonNegative, Positive, Setting
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.lowrank import Pair
-from rankworks.core.optim.gram import gram
+from rankworks.core.optim.gram import grams
 from rankworks.core.optim.method import Group, OptimizerMethod, Trains
-from rankworks.core.optim.pairs import Paired, paired_groups, trained_pairs
+from rankworks.core.optim.pairs import FoundPair, Paired, paired_groups, trained_pairs
 from rankworks.core.optim.stepwise import count_step
 from rankworks.core.registry import optimizer
 
@@ -108,31 +108,36 @@ class Alternating(Paired):
         if group["paired"]:
             group["taken"] += 1
 
-    def update_pair(self, A: nn.Parameter, B: nn.Parameter, scale: float, group: Group) -> None:
-        """Move the one whose turn it is; A's step is B's with everything transposed."""
-        if self.turn(group) == "A":
-            self._move(A, B, scale, group, transposed=True)
-        else:
-            self._move(B, A, scale, group, transposed=False)
+    def update_pairs(self, pairs: list[FoundPair], group: Group) -> None:
+        """Move those whose turn it is; A's step is B's with everything transposed."""
+        of_A = self.turn(group) == "A"
+        turns = [(p.A, p.B, p.scale) if of_A else (p.B, p.A, p.scale) for p in pairs]
+        moved = [(T, H, s) for T, H, s in turns if T.grad is not None and T.numel()]
+        found = grams([H.t() if of_A else H for _, H, _ in moved], group["damping"])
+        for (T, H, scale), decomposed in zip(moved, found, strict=True):
+            self._move(T, H, decomposed.inverse / scale**2, scale, group, transposed=of_A)
 
-    def _move(self, T: nn.Parameter, H: nn.Parameter, scale: float, group: Group, *, transposed: bool) -> None:
-        """Move T while H stays. Written for B's step, with T (m, r) and H (r, n); A's is its transpose."""
-        if T.grad is None or not T.numel():
-            return
-        exact = torch.promote_types(T.dtype, torch.float32)
+    def _move(
+        self, T: nn.Parameter, H: nn.Parameter, inverse: Tensor, scale: float, group: Group, *, transposed: bool
+    ) -> None:
+        """Move T while H stays. Written for B's step, with T (m, r) and H (r, n); A's is its transpose.
+
+        inverse: (H H^T)^-1 / s^2, (r, r).
+        """
+        assert T.grad is not None
+        exact = inverse.dtype
 
         def turned(x: Tensor) -> Tensor:
             return x.t() if transposed else x
 
         h, state = turned(H).to(exact), self.state[T]
-        inverse = gram(h, group["damping"]).inverse
-        step = turned(T.grad).to(exact) @ (inverse / scale**2)
+        step = turned(T.grad).to(exact) @ inverse
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(T)
         mean = turned(state["exp_avg"]).to(exact)
         if "old" in self.state[H]:
             apart = turned(self.state[H]["old"]).to(exact) - h
-            mean = torch.addmm(mean, mean @ (apart @ h.t()), inverse)
+            mean = torch.addmm(mean, mean @ (apart @ h.t()), inverse, alpha=scale**2)
         mean = mean.lerp(step, 1 - group["betas"][0])
         turned(state["exp_avg"]).copy_(mean)
         direction = self._normed(mean, step, turned, state, group) if group["plus"] else mean

@@ -28,7 +28,7 @@ Source: arXiv:2502.14538, version 1.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,18 +122,24 @@ def _row_squares(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide).square()
 
 
-class Noise(Amendment, NamedTuple("Noise", [("tau", Tensor), ("inputs", int), ("seed", int)])):
-    """y + x E^T."""
+class Noise(Amendment):
+    """y + x E^T, E (out, inputs) from tau (out,) and a seed; a compiler leaves it out, whose graphs know no seeds."""
 
+    def __init__(self, tau: Tensor, inputs: int, seed: int):
+        self.tau, self.inputs, self.seed = tau, inputs, seed
+
+    @torch.compiler.disable
     def output(self, y: Tensor, x: Input) -> Tensor:
         """With a layer's noise on the way."""
         if isinstance(x, Tensor):
             return add_noise(y, x, self.tau, self.seed)
-        return y + linear(x, self._E(y.dtype)).to(y.dtype)
+        return y + linear(x, self.matrix_of(y.dtype)).to(y.dtype)
 
+    @torch.compiler.disable
     def matrix(self, change: Tensor) -> Tensor:
         """With the noise itself."""
-        return change + self._E(change.dtype)
+        return change + self.matrix_of(change.dtype)
 
-    def _E(self, dtype: torch.dtype) -> Tensor:
+    def matrix_of(self, dtype: torch.dtype) -> Tensor:
+        """E."""
         return noise(self.tau, self.inputs, self.seed, dtype)

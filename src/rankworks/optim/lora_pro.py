@@ -38,14 +38,14 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.fields import NonNegative, Positive, Setting
-from rankworks.core.optim.gram import Gram, gram, reciprocal
+from rankworks.core.optim.gram import Gram, grams, reciprocal
 from rankworks.core.optim.method import Group, OptimizerMethod, Trains
-from rankworks.core.optim.pairs import Paired, paired_groups, partner
+from rankworks.core.optim.pairs import FoundPair, Paired, paired_groups, partner
 from rankworks.core.optim.stepwise import count_step
 from rankworks.core.registry import optimizer
 
-STRIP_NUMBERS = 2**20
-"""Numbers of the weight whose moments are updated at once."""
+STRIP_NUMBERS = {"cpu": 2**18}
+"""Numbers of the weight whose moments are updated at once, by device: what a cache holds, elsewhere 2^24."""
 
 
 @optimizer("lora-pro", title="LoRA-Pro", year=2024, paper="arXiv:2407.18242")
@@ -92,9 +92,9 @@ class Directions(NamedTuple):
 class Closed:
     """The closed form at A (r, in), B (out, r), which may be asked for several gradients."""
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, damping: float):
+    def __init__(self, A: Tensor, B: Tensor, scale: float, of_A: Gram, of_B: Gram):
         self.A, self.B, self.scale = A, B, scale
-        self.of_A, self.of_B = gram(A, damping), gram(B.t(), damping)
+        self.of_A, self.of_B = of_A, of_B  # A A^T and B^T B
         self.inverse_A, self.inverse_B = self.of_A.inverse, self.of_B.inverse
 
     def unbalanced(self, gA: Tensor, gB: Tensor) -> Directions:
@@ -123,12 +123,16 @@ class EquivalentGradient(Paired):
     def __init__(self, groups: Iterable[Group], **defaults: Any):
         super().__init__(groups, paired=False, scales=None, **defaults)
 
-    def update_pair(self, A: nn.Parameter, B: nn.Parameter, scale: float, group: Group) -> None:
-        """One step of both factors from both gradients."""
-        if A.grad is None or B.grad is None or not A.numel():
-            return
-        a, b, gA, gB = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B, A.grad, B.grad))
-        closed = Closed(a, b, scale, group["damping"])
+    def update_pairs(self, pairs: list[FoundPair], group: Group) -> None:
+        """One step of both factors of every pair from both gradients."""
+        moved = [p for p in pairs if p.A.grad is not None and p.B.grad is not None and p.A.numel()]
+        found = grams([F for A, B, _ in moved for F in (A, B.t())], group["damping"])
+        for (A, B, scale), of_A, of_B in zip(moved, found[::2], found[1::2], strict=True):
+            exact = torch.promote_types(A.dtype, torch.float32)
+            self._update(A, B, Closed(A.to(exact), B.to(exact), scale, of_A, of_B), group)
+
+    def _update(self, A: nn.Parameter, B: nn.Parameter, closed: Closed, group: Group) -> None:
+        gA, gB = (t.grad.to(closed.A.dtype) for t in (A, B))  # type: ignore[union-attr]
         if group["variant"] == "adamw":
             gA, gB = self._direction(closed, closed.unbalanced(gA, gB), B, group)
         hA, hB = closed.balanced(gA, gB)
@@ -147,7 +151,7 @@ class EquivalentGradient(Paired):
             torch.cat([closed.scale * h.A, closed.scale * a]),
         )  # (m, 2r), (2r, n)
         gA, gB = torch.zeros_like(a), torch.empty_like(b)
-        size = max(1, STRIP_NUMBERS // a.shape[1])
+        size = max(1, STRIP_NUMBERS.get(a.device.type, 2**24) // a.shape[1])
         for rows in (slice(start, start + size) for start in range(0, len(b), size)):
             g = left[rows] @ right
             mean, square = m[rows].to(g.dtype), v[rows].to(g.dtype)  # the moments themselves where the types agree

@@ -9,7 +9,8 @@ is read on the way: a GPU is not waited for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,23 @@ class Gram(NamedTuple):
         return (self.vectors * reciprocal(self.values)) @ self.vectors.t()
 
 
-def gram(F: Tensor, damping: float) -> Gram:
-    """Return the decomposed Gram matrix of F (r, n); of the columns of B for F = B^T."""
-    F = F.to(torch.promote_types(F.dtype, torch.float32))
-    values, vectors = torch.linalg.eigh(F @ F.t())
-    values = values.clamp_min(0)
-    return Gram(values + damping * values.sum() / max(len(values), 1), vectors)
+def grams(factors: Sequence[Tensor], damping: float) -> list[Gram]:
+    """Return the decomposed Gram matrices of factors F (r, n); of the columns of B for F = B^T.
+
+    Those of one size are decomposed in one call, which is what keeps a GPU busy with matrices so small.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, F in enumerate(factors):
+        alike.setdefault((F.shape[0], F.dtype, F.device), []).append(i)
+    found: list[Any] = [None] * len(factors)
+    for numbers in alike.values():
+        wide = [factors[i].to(torch.promote_types(factors[i].dtype, torch.float32)) for i in numbers]
+        values, vectors = torch.linalg.eigh(torch.stack([F @ F.t() for F in wide]))  # (k, r), (k, r, r)
+        values = values.clamp_min_(0)
+        values = values + damping * values.sum(dim=1, keepdim=True) / max(values.shape[1], 1)
+        for place, i in enumerate(numbers):
+            found[i] = Gram(values[place], vectors[place])
+    return found
 
 
 def reciprocal(values: Tensor) -> Tensor:

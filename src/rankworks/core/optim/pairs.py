@@ -16,7 +16,6 @@ a gradient: they are refused. Gates between the factors, W + s B diag(g) A, are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -103,10 +102,18 @@ def checked_pairs(model: nn.Module, title: str, gates: bool = False) -> list[Tra
     return found
 
 
-def pairs_of(group: Group) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """Yield A (r, in), B (out, r) and s of every pair in a group marked `paired`."""
+class FoundPair(NamedTuple):
+    """A (r, in), B (out, r) and s of a pair in a group."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+
+
+def pairs_of(group: Group) -> list[FoundPair]:
+    """Return the pairs of a group marked `paired`."""
     parameters = group["params"]
-    return zip(parameters[::2], parameters[1::2], group["scales"], strict=True)
+    return [FoundPair(*p) for p in zip(parameters[::2], parameters[1::2], group["scales"], strict=True)]
 
 
 def release(model: nn.Module) -> None:
@@ -125,22 +132,21 @@ def partner(parameter: Tensor, group: Group) -> Tensor:
 
 
 class Paired(Stepwise):
-    """Base of optimizers that step on A and B together, `update_pair`; what is in no pair takes AdamW's steps.
+    """Base of optimizers that step on A and B together, `update_pairs`; what is in no pair takes AdamW's steps.
 
     The groups of the latter need `betas`, `eps` and `weight_decay`.
     """
 
     def step_group(self, group: Group) -> None:
-        """Step on the pairs one after the other, or on each parameter by itself."""
+        """Step on the pairs, or on each parameter by itself."""
         if not group.get("paired"):
             super().step_group(group)
             return
-        for A, B, scale in pairs_of(group):
-            self.update_pair(A, B, scale, group)
+        self.update_pairs(pairs_of(group), group)
 
-    def update_pair(self, A: nn.Parameter, B: nn.Parameter, scale: float, group: Group) -> None:
-        """Change A and B in place from their gradients, either of which may be None."""
-        raise TypeError(f"{type(self).__name__} must define update_pair(A, B, scale, group)")
+    def update_pairs(self, pairs: list[FoundPair], group: Group) -> None:
+        """Change the factors of pairs in place from their gradients, any of which may be None."""
+        raise TypeError(f"{type(self).__name__} must define update_pairs(pairs, group)")
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         """AdamW's step."""
