@@ -22,7 +22,9 @@ NormAxis = Literal["out", "in"]
 
 def lengths(weight: Tensor, axis: NormAxis) -> Tensor:
     """||W|| of the rows, (m, 1), or of the columns, (1, n)."""
-    return torch.linalg.vector_norm(weight, dim=summed(axis), keepdim=True)
+    if axis == "in":  # torch's norm runs down columns a number at a time, ten times as slow as a sum
+        return weight.square().sum(0, keepdim=True).sqrt()
+    return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
 
 
 def summed(axis: NormAxis) -> int:
