@@ -9,13 +9,17 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= auto
 
-.PHONY: demo test quick check docs bench clean
+.PHONY: demo test browser quick check docs bench clean
 
 demo: $(VENV)/.package
 	$(BIN)/rankworks demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# the reports are tested in Debian's Chromium
+browser:
+	@scripts/browser.sh
 
 quick: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/core tests/linalg tests/methods tests/plan

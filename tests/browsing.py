@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -83,7 +82,8 @@ class Page:
 
     def all(self, selector: str) -> list[WebElement]:
         """Return the elements of a CSS selector that are seen."""
-        return [element for element in self.driver.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()]
+        seen = "(e) => e.checkVisibility({visibilityProperty: true})"
+        return self.run(f"return [...document.querySelectorAll(arguments[0])].filter({seen})", selector)
 
     def one(self, selector: str) -> WebElement:
         """Return the first seen element of a CSS selector."""
@@ -100,7 +100,7 @@ class Page:
 
     def texts(self, selector: str) -> list[str]:
         """Return the seen texts of a CSS selector."""
-        return [element.text for element in self.all(selector)]
+        return self.run("return arguments[0].map((e) => e.textContent)", self.all(selector))
 
     def wait(self, true: Callable[[], Any], said: str = "") -> Any:
         """Wait until something is true; return it."""
@@ -111,7 +111,7 @@ class Page:
         field = self.one(selector)
         field.send_keys(Keys.CONTROL, "v")
         text = str(field.get_property("value"))
-        field.clear()
+        field.send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.BACKSPACE)
         return text
 
     def resize(self, width: int, height: int = 844) -> None:

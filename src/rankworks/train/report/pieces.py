@@ -51,7 +51,7 @@ def matrix(confusion: Confusion) -> str:
 
 def _cell(count: int, part: float) -> str:
     """Return one cell, the darker the larger its part of the row."""
-    ink = "color: #fff" if part > 0.55 else "" if count else "color: var(--soft)"
+    ink = "color: #fff" if part > 0.7 else "" if count else "color: var(--soft)"
     return f'<td style="background: rgba(var(--cell), {0.04 + 0.9 * part:.3f}); {ink}">{count}</td>'
 
 

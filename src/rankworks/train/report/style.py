@@ -35,6 +35,6 @@ def caption(text: str, height: float) -> dict[str, Any]:
 def ticks(low: float, high: float) -> list[float]:
     """Return where a logarithmic axis is labelled: at 1, 2, 5 of every decade, or at 1, 3, or at 1 the longer it is."""
     decades = log10(high / low)
-    marks = (1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)
+    marks = (1, 2, 5) if decades < 1.4 else (1, 3) if decades < 3 else (1,)
     powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 1)
     return [float(f"{mark}e{power}") for power in powers for mark in marks]
