@@ -243,6 +243,22 @@ def test_norms_embeddings_and_the_head_are_projected_when_asked(flag: str, endin
     assert changed
 
 
+@pytest.mark.parametrize("projection", ["columns", "rows", "randk"])
+def test_of_a_vector_entries_are_kept(projection: str) -> None:
+    """A quarter of every gain has moments, the rest moves by the rate."""
+    model = tiny_llama().requires_grad_(True)
+    optimizer = rw.make_optimizer(model, "frugal", lr=1e-2, projection=projection, norms=True, eps=1e-30)
+    gain = model.model.norm.weight
+    for i in range(2):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1.0 + 9.0 * i)
+        optimizer.step()
+    assert optimizer.state[gain]["exp_avg"].shape == optimizer.state[gain]["entries"].shape == (8,)
+    kept = torch.zeros(32).index_fill(0, optimizer.state[gain]["entries"].long(), 1.0).bool()
+    torch.testing.assert_close(gain.detach()[~kept], torch.full((24,), 1.0 - 2e-2), atol=1e-6, rtol=0)
+    assert bool(((gain.detach()[kept] - (1.0 - 2e-2)).abs() > 1e-3).all())
+
+
 def test_a_tied_head_is_a_head() -> None:
     tied = "model.embed_tokens.weight"
     assert parts(tiny_llama(tie=True), embeddings=True)[tied] == "whole"
