@@ -179,10 +179,10 @@ def test_absolute_units_of_the_hyper_prior_push_the_spread_up() -> None:
         model = network()
         meta = learner(model, gamma=1e-6, hyper_prior=units, samples=0, steps=1)
         for delta in meta.deltas.values():
-            delta.prior_spread_B.fill_(0.0)
+            assert not delta.tensors(prior=True)[3].any()
         for seed in range(5):
             meta.step([(batch(seed), batch(10 + seed))])
-        spreads.append(sum(float((d.prior_spread_B @ d.prior_spread_A).mean()) for d in meta.deltas.values()))
+        spreads.append(sum(float((D @ C).mean()) for d in meta.deltas.values() for _, _, C, D in [d.tensors(True)]))
     assert spreads[1] > spreads[0]
 
 

@@ -52,12 +52,6 @@ class ABMLL(LowRank):
     c: float | None = Setting(None, "spread where its factors are zero; None: 0.01 of the weight's own", gt=0)
 
     deviation: Tensor  # () standard deviation of the base weight's entries
-    spread_A: Tensor
-    spread_B: Tensor
-    prior_A: Tensor
-    prior_B: Tensor
-    prior_spread_A: Tensor
-    prior_spread_B: Tensor
     noise: Noise | None = None  # while set, every forward pass adds this sample's deviation from the mean
 
     def setup(self, weight: Tensor) -> None:
@@ -74,7 +68,8 @@ class ABMLL(LowRank):
     def reset(self, weight: Tensor, init: Any) -> None:
         """Start the mean as a LoRA of the same seed does, the spread at c, and the prior at both."""
         super().reset(weight, init)
-        self.spread_A.copy_(self.draw.normal(*self.spread_A.shape, std=max(self.rank, 1) ** -0.5))
+        spread = self.tensors()[2]  # (r, in)
+        spread.copy_(self.draw.normal(*spread.shape, std=max(self.rank, 1) ** -0.5))
         self.settle_prior()
 
     def adopt(self, spec: Any) -> None:
