@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Bits = Literal[4, 8]
+NUMBERS = 1 << 18  # that are treated at one time
 
 
 class Rows(NamedTuple):
@@ -23,26 +24,42 @@ class Rows(NamedTuple):
 
 
 def quantise_rows(X: Tensor, bits: Bits) -> Rows:
-    """Return the codes of a matrix (m, n)."""
-    low, high = torch.aminmax(X.float(), dim=1, keepdim=True)  # (m, 1)
-    step = (high - low) / (2**bits - 1)
-    scaled = (X - low).div_(torch.where(step == 0, 1.0, step)).round_().clamp_(0, 2**bits - 1)
-    codes = scaled.to(torch.uint8)
-    if bits == 4:
-        half = (codes.shape[1] + 1) // 2
-        packed = codes[:, :half].clone()
-        packed[:, : codes.shape[1] - half] |= codes[:, half:] << 4
-        codes = packed
-    return Rows(codes, torch.cat([low, high], dim=1))
+    """Return the codes of a matrix (m, n), made some rows at a time."""
+    m, n = X.shape
+    half = (n + 1) // 2
+    codes = torch.empty(m, n if bits == 8 else half, dtype=torch.uint8, device=X.device)
+    low, high = torch.aminmax(X, dim=1, keepdim=True)  # (m, 1)
+    edges = torch.cat([low, high], dim=1).float()
+    step = (edges[:, 1:] - edges[:, :1]) / (2**bits - 1)
+    scale = torch.where(step == 0, 1.0, step).reciprocal_()
+    for at in _pieces(m, n):
+        found = (X[at] - edges[at, :1]).mul_(scale[at]).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+        codes[at] = found if bits == 8 else found[:, :half]
+        if bits == 4:
+            codes[at, : n - half] |= found[:, half:] << 4
+    return Rows(codes, edges)
 
 
 def dequantise_rows(found: Rows, columns: int, bits: Bits) -> Tensor:
     """Return the matrix (m, columns) that the codes stand for, float32."""
-    codes = found.codes
-    if bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], dim=1)[:, :columns]
-    low, high = found.edges.unbind(1)
-    return torch.addcmul(low.unsqueeze(1), codes.float(), ((high - low) / (2**bits - 1)).unsqueeze(1))
+    codes, half = found.codes, (columns + 1) // 2
+    low, high = found.edges[:, :1], found.edges[:, 1:]
+    step = (high - low) / (2**bits - 1)
+    out = torch.empty(len(codes), columns, device=codes.device)
+    for at in _pieces(*out.shape):
+        if bits == 8:
+            out[at] = codes[at]
+        else:
+            out[at, :half] = codes[at] & 15
+            out[at, half:] = codes[at, : columns - half] >> 4
+        out[at].mul_(step[at]).add_(low[at])
+    return out
+
+
+def _pieces(m: int, n: int) -> list[slice]:
+    """Rows that lie in a cache together."""
+    rows = max(1, NUMBERS // max(n, 1))
+    return [slice(start, start + rows) for start in range(0, m, rows)]
 
 
 def row_bytes(shape: tuple[int, ...], bits: Bits) -> int:
