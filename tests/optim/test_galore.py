@@ -280,7 +280,7 @@ def test_convolutions_are_projected_where_they_are_named(rule: Any) -> None:
 
 
 def test_settings_of_another_rule_are_refused() -> None:
-    for settings, told in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"beta1": 0.9}, "beta1 .* rule=adafactor"),
         ({"rule": "adamw8bit", "clip_threshold": 2.0}, "clip_threshold .* rule=adafactor"),
         ({"rule": "adafactor", "betas": (0.8, 0.9)}, "betas .* rule=adamw"),
@@ -288,7 +288,8 @@ def test_settings_of_another_rule_are_refused() -> None:
         ({"rank": 0}, "rank"),
         ({"rule": "adam"}, "adamw"),
         ({"subspace": "exact"}, "warm"),
-    ):
+    ]
+    for settings, told in cases:
         with pytest.raises(ConfigError, match=told):
             rw.make_optimizer(nn.Linear(4, 4), "galore", **settings)
 

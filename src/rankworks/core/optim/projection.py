@@ -60,8 +60,12 @@ def _along(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Multiply each dimension by its matrix (new, old)."""
     for i, matrix in enumerate(matrices):
         if matrix is not None:
-            tensor = torch.tensordot(matrix, tensor, ([1], [i])).movedim(0, i)
+            tensor = (matrix @ tensor.movedim(i, 0).flatten(1)).unflatten(1, _others(tensor, i)).movedim(0, i)
     return tensor.contiguous()
+
+
+def _others(tensor: Tensor, i: int) -> tuple[int, ...]:
+    return tuple(length for j, length in enumerate(tensor.shape) if j != i)
 
 
 def sides(shape: tuple[int, ...], side: Side) -> tuple[bool, bool]:
@@ -89,9 +93,8 @@ def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int,
     """Return the shape of R."""
     if len(shape) > 2:
         return tuple(min(d, rank) for d in shape)
-    left, right = sides(shape, side)
     r = min(rank, *shape)
-    return (r if left else shape[0], r if right else shape[1])
+    return tuple(r if projected else d for d, projected in zip(shape, sides(shape, side), strict=True))
 
 
 def basis_numbers(shape: tuple[int, ...], rank: int, side: Side) -> int:
