@@ -37,7 +37,8 @@ def whole_loop(
     name: str, options: dict[str, Any], folder: Path | None = None, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Loop:
     """A loop that trains a whole tiny model."""
-    model = tiny_llama().to(dtype).requires_grad_(True)
+    model: Any = tiny_llama()
+    model = model.to(dtype).requires_grad_(True)
     return make_loop(model, folder, name=name, options=options, **settings)
 
 

@@ -100,7 +100,8 @@ def test_the_integers_move_as_the_exact_weight_on_average() -> None:
     assert wanted.abs().max() < 0.3 * scale
     inner = torch.ones(16, 16, dtype=torch.bool)
     inner[0, :2] = False  # the ends of the one group
-    z = (runs.mean(0) - wanted)[inner] / (runs.std(0)[inner] / 800**0.5).clamp_min(1e-9)
+    deviation = (runs.std(0) / 800**0.5).clamp_min(scale / 800)  # what is rarer than one in 800 may not have been seen
+    z = ((runs.mean(0) - wanted) / deviation)[inner]
     assert z.square().mean().sqrt() < 1.3
     assert z.abs().max() < 5
     assert (runs != 0).any()

@@ -2,7 +2,7 @@
 
     scale = max(hi - lo, 1e-5) / (2^bits - 1)      zero = round(-lo / scale)      lo <= 0 <= hi, the group's ends
     nearest      q = clamp(round(x / scale) + zero)
-    stochastic   q = clamp(floor(x / scale) + [u < x / scale - floor(x / scale)] + zero),   u ~ U(0, 1)
+    stochastic   q = clamp(floor(x / scale + u) + zero),   u uniform over the multiples of 2^-16 in [0, 1)
     x^ = scale (q - zero)
 
 Stochastic rounding is right on average, E[x^] = x, and off by less than one step; nearest rounding leaves a number
@@ -70,18 +70,16 @@ def write_groups(into: Groups, x: Tensor, generator: torch.Generator | None = No
     codes = into.codes if into.bits > 4 else torch.empty(len(flat), dtype=torch.uint8, device=x.device)
     for numbers, which, width in _parts(len(flat), into.group, x.device):
         rows = flat[numbers].float().view(-1, width)  # (groups, numbers)
-        low, high = rows.aminmax(dim=1)
-        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
         scale = (high - low).clamp_(min=SMALLEST).div_(top)
         zero = low.neg_().div_(scale).round_().clamp_(0, top)
-        rows = rows / scale.unsqueeze(1)
         if generator is None:
-            rounded = rows.round_()
+            rounded = (rows / scale.unsqueeze(1)).round_().add_(zero.unsqueeze(1))
         else:
-            rounded = rows.floor()
-            noise = torch.rand(rows.shape, generator=generator, device=rows.device)
-            rounded += noise < rows.sub_(rounded)
-        codes[numbers] = rounded.add_(zero.unsqueeze(1)).clamp_(0, top).view(-1).to(torch.uint8)
+            rounded = torch.addcmul((zero + 0.5).unsqueeze(1), rows, scale.reciprocal().unsqueeze(1))
+            rounded.view(-1).add_(_noise(rounded, generator), alpha=2.0**-16)
+            rounded.floor_()
+        codes[numbers] = rounded.clamp_(0, top).view(-1).to(torch.uint8)
         into.scales[which], into.zeros[which] = scale, zero.to(torch.uint8)
     if into.bits <= 4:
         into.codes.copy_(_packed(codes))
@@ -113,6 +111,12 @@ def _parts(n: int, group: int, device: torch.device) -> Iterator[tuple[slice, sl
         yield slice(start, stop), slice(start // group, stop // group), group
     if whole < n:
         yield slice(whole, n), slice(whole // group, whole // group + 1), n - whole
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform integers from -2^15 to 2^15 - 1, one per number of `like`, four from each draw of 64 bits."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
 
 
 def _packed(codes: Tensor) -> Tensor:
