@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import rankworks as rw
+from rankworks.core.amend import Amendment
 from rankworks.core.delta import Delta
-from rankworks.core.errors import TrainingError
+from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.optim.gram import grams, reciprocal
 from rankworks.core.optim.pairs import paired_groups, pairs_of, partner, trained_pairs
 from rankworks.core.ranks.surgery import keep_ranks, rebind, replace_ranks
-from tiny import tiny_llama
+from tiny import tiny_llama, token_batch
 
 
 def groups_of(model: Any, **settings: Any) -> list[dict[str, Any]]:
@@ -126,3 +127,34 @@ def test_a_factor_of_zeros_has_the_inverse_zero() -> None:
     assert not grams([torch.zeros(3, 7)], 1e-6)[0].inverse.any()
     assert grams([torch.zeros(0, 7)], 1e-6)[0].inverse.shape == (0, 0)
     assert reciprocal(torch.tensor([0.0, 2.0])).tolist() == [0.0, 0.5]
+
+
+def test_what_a_run_that_was_cut_short_left_is_undone() -> None:
+    model = rw.adapt(tiny_llama(), "dora", rank=4)
+    first: Any = trained_pairs(model)[0].pair
+    first.held, first.amended = "A", Amendment()
+    rw.make_optimizer(model, "adamw")
+    assert first.held is None
+    assert first.amended is None
+
+
+def test_a_held_factor_gets_no_gradient_and_the_other_its_own() -> None:
+    ids = token_batch(vocab=320)
+    model = rw.adapt(tiny_llama(), "lora", rank=4, init="pissa")
+    model(input_ids=ids, labels=ids).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for held, other in (("A", "B"), ("B", "A")):
+        model.zero_grad()
+        for found in trained_pairs(model):
+            found.pair.held = held  # type: ignore[assignment]
+        model(input_ids=ids, labels=ids).loss.backward()
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert {name[-1] for name in got} == {other}
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in got.items())
+
+
+def test_methods_over_a_base_refuse_one_that_steps_on_pairs() -> None:
+    model = rw.adapt(tiny_llama(), "lora", rank=4)
+    for key in ("lora-plus", "allora", "lora-mgpo"):
+        with pytest.raises(ConfigError, match="needs a base that takes a step from gradients, on any parameter"):
+            rw.make_optimizer(model, key, base="altlora")
