@@ -265,3 +265,10 @@ def test_a_file_holds_both_and_an_export_the_mean_alone(tmp_path: Path) -> None:
 def test_schedules_of_ranks_are_refused() -> None:
     with pytest.raises(rw.RankworksError):
         adapted(linear(), "abmll", rank=2, ranks="increlora")
+
+
+def test_counts() -> None:
+    """Of Llama-3 8B at q and v: a LoRA's in an ordinary run, four times as many in the file and for a learner."""
+    plan = rw.plan("llama-3-8b", "abmll", rank=8, targets=["q_proj", "v_proj"])
+    assert plan.trainable_parameters == 3_407_872
+    assert plan.adapter_bytes == 4 * (4 * 3_407_872 + 64)  # and a standard deviation for each of 64 sites
