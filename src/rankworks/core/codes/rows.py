@@ -28,8 +28,7 @@ def quantise_rows(X: Tensor, bits: Bits) -> Rows:
     m, n = X.shape
     half = (n + 1) // 2
     codes = torch.empty(m, n if bits == 8 else half, dtype=torch.uint8, device=X.device)
-    low, high = torch.aminmax(X, dim=1, keepdim=True)  # (m, 1)
-    edges = torch.cat([low, high], dim=1).float()
+    edges = torch.stack([X.amin(1), X.amax(1)], dim=1).float()  # two passes, quicker than aminmax's one
     step = (edges[:, 1:] - edges[:, :1]) / (2**bits - 1)
     scale = torch.where(step == 0, 1.0, step).reciprocal_()
     for at in _pieces(m, n):
