@@ -109,3 +109,14 @@ def test_the_baseline_is_plain_lora_unless_another_is_named():
     ):
         settings = config(*entries, **({"baseline": given} if given else {}))
         assert baseline_of(settings, expand(settings)[0]) == wanted
+
+
+def test_a_configuration_read_again_is_the_same_and_keeps_what_was_left_out():
+    first = config("lora", {"delta": "vera", "tune": {"lr": 1e-3}}, optim={"warmup": 0.1}, adapt={"rank": 4})
+    again = load_compare_config(first)
+    assert again == first
+    assert again.optim.model_fields_set == {"warmup"}
+    changed = load_compare_config(first, ["optim.schedule=constant", "budget.seeds=[3, 5]"])
+    assert changed.optim.model_fields_set == {"warmup", "schedule"}
+    assert changed.seeds == [3, 5]
+    assert first.seeds == [1, 2, 3]

@@ -41,6 +41,7 @@ def test_json_ends_with_one_line_that_has_the_leaderboard(file: Path):
         assert row["low"] <= row["mean"] <= row["high"]
         assert isinstance(row["tie"], bool)
     assert told["complete"]
+    assert not any("optim.lr is not used" in warning for warning in told["warnings"])  # none was given
     assert told["output"] == "runs/small"
     assert CompareResult.from_file(told["result"]).leaderboard[0].method == rows[0]["method"]
     assert "lora: seed 2 at lr" in done.stderr

@@ -165,5 +165,7 @@ def load_compare_config(
 
     Raises `ConfigError` with every problem at once.
     """
+    if isinstance(source, CompareConfig):
+        source = source.model_dump(exclude_unset=True)  # what was left to its default stays so
     values, where = read_values(source, overrides)
     return read(CompareConfig, values, where)

@@ -5,6 +5,7 @@ The steps are those of `rankworks train` in the same order, so that the recipe o
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -135,6 +136,10 @@ class Bench:
             raise
         except Exception as error:  # one arm's trouble is a result of that arm; the others go on
             outcome.outcome, outcome.reason = blame(error)
+        if outcome.outcome == MEMORY:  # what the broken step held is for the next arm
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         outcome.seconds = round(time.monotonic() - started, 3)
         return outcome
 
