@@ -57,8 +57,9 @@ def compare(
     when they are given the same --storage (or the same folder):
       rankworks compare my.yaml --storage postgresql://user@host/db
 
-    The folder then holds result.json, result.md, a recipe per method in
-    arms/ that repeats its row, and study.db with every trial.
+    The folder then holds result.json, result.md, report.html (opens offline),
+    a recipe per method in arms/ that repeats its row, and study.db with every
+    trial.
 
     --json ends standard output with leaderboard, a row per method: method,
     rank, tie, mean, low, high, difference, difference_low, difference_high,
@@ -119,7 +120,7 @@ def show_comparison(out: Output, result: CompareResult) -> None:
         out.show(f"  note: {warning}")
     folder = Path(str(result.output))
     best = next((row for row in result.leaderboard if row.tie), None)
-    told = {"result": short(folder / "result.md"), "recipes": short(folder / "arms")}
+    told = {"report": short(folder / "report.html"), "recipes": short(folder / "arms")}
     if best is not None:
         told["repeat the best"] = best.command
     out.show(facts(told))
@@ -142,4 +143,5 @@ def summary_line(result: CompareResult) -> dict[str, Any]:
         "output": str(folder),
         "result": str(folder / "result.json"),
         "markdown": str(folder / "result.md"),
+        "report": str(folder / "report.html"),
     }

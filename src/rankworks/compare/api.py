@@ -6,6 +6,7 @@ What a comparison leaves in its output folder:
     arms/            a recipe per arm with its best setting: `rankworks train` on it repeats a row of the leaderboard
     result.json      the `CompareResult`, whole again after every arm
     result.md        the same for reading
+    report.html      the same to look at: it sorts and unfolds, shows curves and costs, and opens offline
 """
 
 from __future__ import annotations
@@ -140,8 +141,11 @@ class _Comparison:
             self._write(self._result())
 
     def _write(self, result: CompareResult) -> None:
+        from rankworks.compare.report import write_report  # plotly takes a second: not when rankworks is imported
+
         atomic_write(self.output / "result.json", json.dumps(result.to_dict(), indent=1, allow_nan=False))
         atomic_write(self.output / "result.md", markdown(result))
+        write_report(result, self.output)
         self.written = time.monotonic()
 
     def _result(self) -> CompareResult:

@@ -162,7 +162,7 @@ def _more(row: Row, arm: ArmResult | None, result: CompareResult) -> str:
         facts["peak memory"] = f"{size(row.memory_bytes)} measured, {size(row.planned_bytes)} planned"
     if row.step_seconds is not None:
         facts["time"] = f"{row.step_seconds:.3g} s a step, {duration(row.seconds)} in all"
-    if row.p_corrected is not None:
+    if result.baseline and row.p_corrected is not None:
         facts[f"against {result.baseline}"] = (
             f"{number(row.difference_low, result.metric, sign=True)} to "
             f"{number(row.difference_high, result.metric, sign=True)}, p {p_value(row.p_corrected)} corrected"

@@ -108,8 +108,11 @@ const curves = document.getElementById("curves");
 const chips = [...document.querySelectorAll(".chip[data-arm]")];
 for (const chip of chips.filter((chip) => chip.getAttribute("aria-pressed") === "true")) pick(chip, true);
 
+// A reader who picks several in a row waits for one drawing, not for each.
+let waiting;
 function colourAll() {
-  return Promise.all([...curves.querySelectorAll(".figure")].map(colourFigure));
+  clearTimeout(waiting);
+  waiting = setTimeout(() => curves.querySelectorAll(".figure").forEach(colourFigure), 80);
 }
 
 for (const chip of chips) {

@@ -26,7 +26,7 @@ def against_baseline(row: Row, result: CompareResult) -> str | None:
 
     The interval of the difference is that of one comparison, the p-value is corrected for all: both must agree.
     """
-    if row.difference is None or row.p_corrected is None:
+    if result.baseline is None or row.difference is None or row.p_corrected is None:
         return None
     if row.p_corrected >= 1 - result.confidence:
         return "not shown"
