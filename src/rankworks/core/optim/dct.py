@@ -15,9 +15,10 @@ Two routes to Sim: a product with Q, 2 L S^2 flops, or Makhoul's form of a real 
     y_k = Re(F_k w_k)    y_{S-k} = -Im(F_k w_k)          and backwards  F_k = (y_k - i y_{S-k}) / w_k,  x from irfft(F)
 
 for even and odd S. Both give the same basis, so a route may change from run to run (rounding aside; in float32 for
-16-bit matrices). Milliseconds for a matrix of 2.75 S rows in float32 on two cores, the product and the FFT: S = 512:
-2.0, 0.8; 768: 15.8, 3.2; 1024: 31, 9; 1376: 84, 47; 2048: 250, 21; and 4096 x 4096: 364, 47. So "auto" takes the FFT
-on the CPU from S = 512 on, and the product on other devices, whose matrix units make it cheap (not measured there).
+16-bit matrices). Milliseconds of one core for a float32 matrix of 2.75 S rows, the product and the FFT: S = 256: 0.6,
+0.4; 512: 4.8, 3.6; 768: 16, 6; 1024: 37, 11; 1376: 87, 36; 2048: 273, 63; and 4096 x 4096: 785, 95 (along the left side
+the FFT takes up to twice as long). So "auto" takes the FFT on the CPU from S = 512 on, and the product on other
+devices, whose matrix units make it cheap (not measured there).
 Source: arXiv:2505.17967; Makhoul, A fast cosine transform in one and two dimensions, IEEE TASSP 28(1), 1980.
 """
 
