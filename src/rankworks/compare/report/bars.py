@@ -16,13 +16,18 @@ class Axis:
     mark: float | None = None
 
     @classmethod
-    def over(cls, values: Iterable[float | None], mark: float | None = None) -> Axis | None:
-        """Return a scale that holds all values, with some air; None where there are none."""
+    def over(
+        cls,
+        values: Iterable[float | None],
+        mark: float | None = None,
+        within: tuple[float, float] = (float("-inf"), float("inf")),
+    ) -> Axis | None:
+        """Return a scale that holds all values, with some air as far as `within` allows; None where there are none."""
         known = [value for value in [*values, mark] if value is not None]
         if not known:
             return None
         air = 0.04 * (max(known) - min(known)) or 0.5 * abs(known[0]) or 1.0
-        return cls(min(known) - air, max(known) + air, mark)
+        return cls(max(min(known) - air, within[0]), min(max(known) + air, within[1]), mark)
 
     def place(self, value: float) -> str:
         """Return where a value lies, in per cent of the width."""

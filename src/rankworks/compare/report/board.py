@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rankworks.compare.markdown import number, p_value, shares_rank, unit
+from rankworks.compare.markdown import SHARES, number, p_value, shares_rank, unit
 from rankworks.compare.report.bars import Axis, bar
 from rankworks.compare.report.conclude import against_baseline
 from rankworks.compare.result import ArmResult, CompareResult, Row
@@ -33,7 +33,8 @@ class Column:
 def leaderboard(result: CompareResult) -> str:
     """Return the table with the scales its bars share."""
     rows = result.leaderboard
-    scores = Axis.over([value for row in rows for value in (row.mean, row.low, row.high)])
+    possible = (0.0, 1.0) if result.metric in SHARES else (float("-inf"), float("inf"))
+    scores = Axis.over([value for row in rows for value in (row.mean, row.low, row.high)], within=possible)
     gaps = Axis.over([v for r in rows for v in (r.difference, r.difference_low, r.difference_high)], mark=0.0)
     columns = _columns(result)
     heads = "".join(_head(column) for column in columns)

@@ -7,6 +7,7 @@ Against the baseline an arm is better or worse when its p-value, corrected for a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rankworks.compare.markdown import number, unit
 from rankworks.compare.result import CompareResult, Row
@@ -74,19 +75,33 @@ def named(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """A cost of a row; measured ones are noisy, and whoever is within `noise` of the least shares the praise."""
+
+    one: str
+    several: str
+    value: Callable[[Row], float | None]
+    told: Callable[[float], str]
+    noise: float = 0.0
+
+
+COSTS = (
+    Cost("trains the fewest numbers", "train the fewest numbers", lambda r: r.trainable_parameters, "{:,.0f}".format),
+    Cost("needs the least memory", "need the least memory", lambda r: r.memory_bytes, size, 0.05),
+    Cost("has the shortest step", "have the shortest step", lambda r: r.step_seconds, "{:.2g} s".format, 0.1),
+)
+
+
 def _cheapest(best: Sequence[Row]) -> list[str]:
-    """Return who among the tied costs least; nothing where all cost the same."""
+    """Return who among the tied costs least; nothing of a cost that is the same for all."""
     found = []
-    costs: list[tuple[str, Callable[[Row], float | None], Callable[[float], str]]] = [
-        ("trains the fewest numbers", lambda row: row.trainable_parameters, lambda value: f"{value:,.0f}"),
-        ("needs the least memory", lambda row: row.memory_bytes, size),
-        ("has the shortest step", lambda row: row.step_seconds, lambda value: f"{value:.2g} s"),
-    ]
-    for words, cost, told in costs:
-        known = [(value, row.method) for row in best if (value := cost(row)) is not None]
-        if len({told(value) for value, _ in known}) > 1:
-            least = min(known)
-            found.append(f"{least[1]} {words} ({told(least[0])})")
+    for cost in COSTS:
+        known = [(value, row.method) for row in best if (value := cost.value(row)) is not None]
+        least = min((value for value, _ in known), default=0)
+        low = [label for value, label in known if value <= (1 + cost.noise) * least]
+        if len(low) < len(known):
+            found.append(f"{named(low)} {cost.one if len(low) == 1 else cost.several} ({cost.told(least)})")
     return [f"Among them {'; '.join(found)}."] if found else []
 
 
