@@ -15,7 +15,7 @@ from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.registry import Method, get
 
 Scope = Literal["once", "kinds", "variants", "all"]
-Function = Callable[[Method, Case], None]
+Function = Callable[[Method, Any], None]  # the case is of the axis: a Case, an OptimizerCase
 
 
 @dataclass(frozen=True)
