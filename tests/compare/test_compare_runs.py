@@ -28,7 +28,7 @@ def test_a_comparison_finds_writes_and_repeats(tmp_path: Path):
     settings = small_compare(
         tmp_path,
         methods=["lora", "vera"],
-        budget={"trials": 4, "steps": 24, "seeds": 2},
+        budget={"trials": 4, "steps": 12, "seeds": 2},
         tune={"lr": {"low": 1e-4, "high": 3.2e-2}, "widen": 1},
         train={"batch_size": 6},
     )
@@ -51,8 +51,8 @@ def test_a_comparison_finds_writes_and_repeats(tmp_path: Path):
         best = next(t for t in arm.trials if t.slot == arm.best)
         assert best.value == min(t.value for t in arm.trials if t.outcome == "complete" and t.value is not None)
         assert row.lr == best.lr
-        assert [step for step, _ in best.valid] == [6, 12, 18, 24]
-        assert len(best.losses) == 24
+        assert [step for step, _ in best.valid] == [3, 6, 9, 12]
+        assert len(best.losses) == 12
     lora, vera = (result.arm(name) for name in ("lora", "vera"))
     assert lora.trainable_parameters > vera.trainable_parameters
     other = next(row for row in result.leaderboard if row.method == "vera")
@@ -83,14 +83,14 @@ def test_hopeless_trials_are_stopped_at_a_quarter_and_a_half(tmp_path: Path):
     settings = small_compare(
         tmp_path,
         methods=["lora"],
-        budget={"trials": 6, "steps": 8, "seeds": 1},
+        budget={"trials": 6, "steps": 4, "seeds": 1},
         tune={"lr": {"low": 1e-5, "high": 3.2e-3}},
     )
     pruned = [t for t in compare(settings, progress=False).arm("lora").trials if t.outcome == "pruned"]
     assert pruned  # the smallest rates learn nothing, and come after better ones
-    assert {t.steps for t in pruned} <= {2, 4}
+    assert {t.steps for t in pruned} <= {1, 2}
     whole = compare(settings, ["tune.prune=false", f"output={tmp_path / 'whole'}"], progress=False).arm("lora")
-    assert {t.steps for t in whole.trials} == {8}
+    assert {t.steps for t in whole.trials} == {4}
 
 
 class Poison:
