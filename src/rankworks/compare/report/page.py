@@ -53,7 +53,9 @@ def render(result: CompareResult) -> str:
     if metrics := metric_table(result):
         parts.append(section("All that was measured", metrics, "metrics"))
     if trouble := _trouble(result):
-        parts.append(section("Failed, skipped, and worth knowing", trouble, "trouble"))
+        lost = result.skipped or any(row.status != "ok" for row in result.leaderboard)
+        title = "Failed, skipped, and worth knowing" if lost else "Worth knowing"
+        parts.append(section(title, trouble, "trouble"))
     parts += [section("Run it again", _again(result), "again"), section("How it was done", _how(result), "how")]
     return document(result.title, "".join(parts), [_own("compare.css")], [_own("compare.js")])
 
