@@ -48,7 +48,9 @@ def browser(folder: Path, width: int = 1280, height: int = 900, dark: bool = Fal
     for argument in (*ARGUMENTS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options, Service(programs["chromedriver"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "localhost,127.0.0.1")  # the driver listens on this machine
+        driver = Chrome(options, Service(programs["chromedriver"]))
     try:
         driver.execute_cdp_cmd("Network.enable", {})
         driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*", "ws://*", "wss://*"]})
