@@ -3,10 +3,10 @@
     U = R / sqrt(r c^T / mean(r)), limited to a root mean square of `clip_threshold`          (core/optim/adafactor.py)
     W <- W (1 - rate decay) - rate U,      rate = lr [rms(W), at least eps[1]] [min(1e-2, 1 / sqrt t)]
 
-The bracketed factors belong to `scale_parameter` and `relative_step` (with `warmup_init` 1e-6 t takes the place of
-1e-2). Transformers turns both on and then takes no learning rate; here there always is one, so both are off unless
-asked for, as in GaLore's pretraining runs, and with them `lr` is a factor: lr = 1 is transformers' `lr=None`, and a
-schedule acts on it. The rest are transformers' numbers. Matrices keep m + n numbers, `beta1` adds m n.
+The bracketed factors belong to `scale_parameter` and `relative_step`. Transformers turns both on and then takes no
+learning rate; here there always is one, so both are off unless asked for, as in GaLore's pretraining runs, and with
+them `lr` is a factor: lr = 1 is transformers' `lr=None`, and a schedule acts on it, also a warm-up, so that there is no
+`warmup_init`. The rest are transformers' numbers. Matrices keep m + n numbers, `beta1` adds m n.
 Source: arXiv:1804.04235; `Adafactor` of transformers.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankworks.core.errors import ConfigError
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.optim.adafactor import adafactor_numbers, adafactor_step
 from rankworks.core.optim.method import Group, OptimizerMethod
@@ -37,14 +36,6 @@ class Adafactor(OptimizerMethod):
     beta1: float | None = Setting(None, "decay of the running mean of steps; None keeps none", ge=0, lt=1)
     scale_parameter: bool = Setting(False, "rates in proportion to a weight's root mean square")
     relative_step: bool = Setting(False, "rates fall with 1 / sqrt(t); lr is then a factor")
-    warmup_init: bool = Setting(False, "with relative_step: rates rise from 1e-6")
-
-    @classmethod
-    def agree(cls, spec: Any) -> None:
-        """A warm-up of relative steps needs relative steps."""
-        super().agree(spec)
-        if spec.warmup_init and not spec.relative_step:
-            raise ConfigError("warmup_init belongs to relative_step: set relative_step=true too.")
 
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""
@@ -84,7 +75,7 @@ class AdafactorSteps(Stepwise):
     def _rate(weight: Tensor, group: Group, t: int) -> Any:
         rate = group["lr"]
         if group["relative_step"]:
-            rate *= min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))
+            rate *= min(1e-2, 1 / math.sqrt(t))
         if group["scale_parameter"]:
             rms = torch.linalg.vector_norm(weight) / math.sqrt(weight.numel())
             return rate * rms.clamp(min=group["eps"][1])
