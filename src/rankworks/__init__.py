@@ -12,9 +12,11 @@ from rankworks import select as _select  # noqa: F401 - registers the selections
 from rankworks.compress.squeeze import squeeze
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
+from rankworks.core.ghost import ghost_batch_norm
 from rankworks.core.merge import is_merged, merge, unmerge
 from rankworks.core.ranks.nested import set_rank
 from rankworks.core.ranks.surgery import compact
+from rankworks.core.rates import Regime, adapted_regime
 from rankworks.core.registry import delta, init, methods
 from rankworks.core.sparse import interference, sparse_entries
 from rankworks.core.spec import AdaptSpec
@@ -51,10 +53,12 @@ __all__ = [
     "Bilevel",
     "MetaLearner",
     "RankworksError",
+    "Regime",
     "Stream",
     "activate",
     "active",
     "adapt",
+    "adapted_regime",
     "adapters",
     "calibrate",
     "compact",
@@ -65,6 +69,7 @@ __all__ = [
     "disabled",
     "export",
     "get_delta",
+    "ghost_batch_norm",
     "init",
     "interference",
     "is_merged",

@@ -24,7 +24,8 @@ def spread(n: int, k: int, condition: float) -> Tensor:
 def test_columns_are_orthonormal_whatever_the_condition(condition: float, dtype: torch.dtype) -> None:
     columns = spread(60, 9, condition).to(dtype)
     Q = orthonormal(columns)
-    assert Q.dtype == dtype and Q.is_contiguous()
+    assert Q.dtype == dtype
+    assert Q.is_contiguous()
     error = (Q.mT.double() @ Q.double() - torch.eye(9)).abs().max()
     assert error < 30 * torch.finfo(dtype).eps
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
+from rankworks.core.hub.shapes import get_shape
 from rankworks.plan import format_bytes, optimizer_bytes, parse_bytes
 from rankworks.plan.make import largest_batch
-from rankworks.core.hub.shapes import get_shape
 from rankworks.plan.source import BUILDERS, open_source
 from rankworks.plan.trace import step_inputs, trace_step
 from tiny import tiny_convnet, tiny_llama

@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, UnknownNameError
-from rankworks.plan import shape_names
 from rankworks.core.hub.shapes import find_shape, get_shape
+from rankworks.plan import shape_names
 from rankworks.plan.source import open_source
 
 

@@ -206,14 +206,6 @@ def read_values(
     source: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], str]:
     """Return the plain values of a configuration with overrides applied, and the path they came from, or nothing."""
-    values, where = read_values(source, overrides)
-    return read(RunConfig, values, where)
-
-
-def read_values(
-    source: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], str]:
-    """Return the plain values of a configuration with overrides applied, and the path they came from, or nothing."""
     where = ""
     if isinstance(source, RunConfig):
         values: dict[str, Any] = source.model_dump()

@@ -1,4 +1,4 @@
-"""AdamW's step on one parameter, for optimizers that have a rule of their own for some parameters and this for the rest.
+"""AdamW's step on one parameter, for optimizers that have a rule of their own for some and this for the rest.
 
 w <- (1 - lr decay) w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)        as torch does it
 """
