@@ -21,7 +21,7 @@ from rankworks.core.errors import ConfigError
 from rankworks.core.optim.blocks import Blocks
 from rankworks.core.optim.split import stored
 from rankworks.optim.frugal import SplitOptimizer
-from rankworks.optim.galore import Projected
+from rankworks.optim.galore import GaLoreSteps
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
 from rankworks.train.checkpoint import trained_tensors
@@ -122,7 +122,7 @@ def test_without_a_rest_and_a_reset_it_is_galore(shape: Any, side: str) -> None:
     ours, optimizer = one(weight, 2 / projected, projection="svd", moments="keep", rest="no", **settings)
     theirs = nn.Parameter(weight.clone())
     galore = {"rank": 2, "scale": 1.0, "rule": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.0, "seed": 0}
-    reference = Projected([{"params": [theirs], "projected": True}], lr=0.1, **galore, **settings)
+    reference = GaLoreSteps([{"params": [theirs], "projected": True}], lr=0.1, **galore, **settings)
     for i in range(7):
         step(ours, optimizer, draw(*shape, seed=i))
         step(theirs, reference, draw(*shape, seed=i))

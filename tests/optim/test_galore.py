@@ -15,7 +15,7 @@ from two_processes import check_two
 import rankworks as rw
 from rankworks.core.errors import ConfigError
 from rankworks.core.optim.projection import leading_basis, projected_shape
-from rankworks.optim.galore import Projected
+from rankworks.optim.galore import GaLoreSteps
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
 
@@ -40,9 +40,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, Projected]:
+def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, GaLoreSteps]:
     parameter = nn.Parameter(weight.clone())
-    optimizer = Projected([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
+    optimizer = GaLoreSteps([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
     return parameter, optimizer
 
 
@@ -126,7 +126,7 @@ def test_full_rank_adam_is_not_adam() -> None:
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], lr=0.1, eps=1e-30, weight_decay=0.0)
     own = nn.Parameter(weight.clone())
-    unprojected = Projected([{"params": [own], "projected": False}], lr=0.1, **{**DEFAULTS, "eps": 1e-30})
+    unprojected = GaLoreSteps([{"params": [own], "projected": False}], lr=0.1, **{**DEFAULTS, "eps": 1e-30})
     for i in range(3):
         gradient = G + draw(5, 5, seed=20 + i)
         step(rotated, optimizer, gradient)

@@ -20,7 +20,7 @@ from training import make_loop
 import rankworks as rw
 from rankworks.core.optim.subspace import find_basis
 from rankworks.core.optim.weight_norm import gradients, join, lengths, split
-from rankworks.optim.galore import Projected
+from rankworks.optim.galore import GaLoreSteps
 from rankworks.optim.gradnormlorp import NormalisedAdamW
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
@@ -108,7 +108,7 @@ def test_it_is_galore_on_v_and_adamw_on_g(axis: Any, dim: int, shape: Any, side:
     ours, optimizer = one(W, norm_axis=axis, **settings)
     g, v = nn.Parameter(W.norm(dim=dim, keepdim=True)), nn.Parameter(W.clone())
     groups = [{"params": [v], "projected": True, "names": ["w"]}, {"params": [g], "projected": False}]
-    reference = Projected(groups, lr=0.1, **{**SETTINGS, **settings})
+    reference = GaLoreSteps(groups, lr=0.1, **{**SETTINGS, **settings})
     turned = torch.zeros_like(g, dtype=torch.bool)
     for _ in range(8):
         G = taught(ours, target)
@@ -171,7 +171,9 @@ def test_a_row_of_zeros_gets_a_direction_from_its_first_step() -> None:
     W[2] = 0.0
     ours, optimizer = one(W, rank=4)
     galore = nn.Parameter(W.clone())
-    reference = Projected([{"params": [galore], "projected": True, "names": ["w"]}], lr=0.1, **{**SETTINGS, "rank": 4})
+    reference = GaLoreSteps(
+        [{"params": [galore], "projected": True, "names": ["w"]}], lr=0.1, **{**SETTINGS, "rank": 4}
+    )
     only = torch.zeros(6, 4, dtype=torch.float64)
     only[2] = draw(4, seed=5)
     step(ours, optimizer, only)
@@ -208,7 +210,7 @@ def test_on_dora_both_factors_are_projected_and_magnitudes_have_adamw() -> None:
         {"params": [p for n, p in named.items() if kinds[n][0] == projected], "projected": projected}
         for projected in (True, False)
     ]
-    reference = Projected(groups, lr=1e-2, **{**SETTINGS, "refresh": 2})
+    reference = GaLoreSteps(groups, lr=1e-2, **{**SETTINGS, "refresh": 2})
     for i in range(3):
         for model, made in zip(models, (optimizer, reference), strict=True):
             made.zero_grad()

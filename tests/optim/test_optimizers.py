@@ -46,7 +46,7 @@ def test_torchs_own_are_torchs_own() -> None:
 def test_a_spec_a_mapping_and_a_key_are_one() -> None:
     model = adapted()
     for form in ("galore", build("optimizer", "galore"), {"optimizer": "galore"}):
-        assert type(rw.make_optimizer(model, form)).__name__ == "Projected"
+        assert type(rw.make_optimizer(model, form)).__name__ == "GaLoreSteps"
     assert get("optimizer", "galore").axis == "optimizer"
 
 

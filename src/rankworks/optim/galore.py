@@ -33,19 +33,19 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError
-from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.fields import Positive, Setting
 from rankworks.core.optim.adafactor import CLIP, DECAY, EPS, adafactor_numbers, adafactor_step
-from rankworks.core.optim.method import Group, OptimizerMethod, grouped
+from rankworks.core.optim.method import Group
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
-from rankworks.core.optim.projection import Basis, Modes, Side, add_back, basis_numbers, projected_shape
+from rankworks.core.optim.projected import Projected
+from rankworks.core.optim.projection import Basis, Modes, add_back, basis_numbers, projected_shape
 from rankworks.core.optim.stepwise import Stepwise, count_step
 from rankworks.core.optim.subspace import Subspace, find_basis, find_modes
 from rankworks.core.registry import optimizer
-from rankworks.core.targets import find_sites
 
 Rule = Literal["adamw", "adamw8bit", "adafactor"]
 SMALL = {"adamw": 1e-6, "adamw8bit": 1e-8, "adafactor": EPS}  # eps of each in the released code
@@ -53,17 +53,13 @@ OF_ADAFACTOR = ("clip_threshold", "decay_rate", "beta1")
 
 
 @optimizer("galore", title="GaLore", year=2024, paper="arXiv:2403.03507")
-class GaLore(OptimizerMethod):
+class GaLore(Projected):
     """AdamW, 8-bit AdamW or Adafactor in a subspace of every gradient."""
 
-    rank: int = Rank(128, "rank r of the projected gradient")
-    refresh: int = Setting(200, "steps from one subspace to the next", ge=1)
-    scale: float = Positive(0.25, "factor on the projected step")
-    side: Side = Setting("std", "which side of the gradient is projected; std: the shorter one")
+    most_dimensions = 5  # of a convolution's kernel
+
     subspace: Subspace = Setting("warm", "how the subspace is found: from the one before, from probes, or exactly")
     rule: Rule = Setting("adamw", "the optimizer in the subspace")
-    targets: str | list[str] = Setting("all-linear", "which weights are projected (see core/targets.py)")
-    betas: tuple[float, float] = Setting((0.9, 0.999), "decays of the two moments of adamw and adamw8bit")
     eps: float | Literal["released"] = Setting("released", "added to the root; released: 1e-6, 1e-8 or 1e-30 by rule")
     clip_threshold: float = Positive(CLIP, "adafactor: largest root mean square of a step before the rate")
     decay_rate: float = Setting(DECAY, "adafactor: the mean of squares forgets with 1 - t^decay_rate", lt=0)
@@ -83,19 +79,12 @@ class GaLore(OptimizerMethod):
             owner = "adafactor" if spec.rule != "adafactor" else "adamw"
             raise ConfigError(f"{', '.join(wrong)} belong to rule={owner}, but galore's rule is {spec.rule}.")
 
-    def groups(self, model: nn.Module, lr: float) -> list[Group]:
-        """The projected weights, and the others."""
-        chosen = {id(site.tensor) for site in find_sites(model, self.targets) if site.tensor.dim() >= 2}
-
-        def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
-            return 1.0, {"projected": id(parameter) in chosen}
-
-        return grouped(model, lr, self.weight_decay, mark)
-
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""
         defaults = {name: getattr(self, name) for name in _SETTINGS}
-        return Projected(groups, lr=lr, **{**defaults, "eps": SMALL[self.rule] if self.eps == "released" else self.eps})
+        return GaLoreSteps(
+            groups, lr=lr, **{**defaults, "eps": SMALL[self.rule] if self.eps == "released" else self.eps}
+        )
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """The basis, and the rule's state of R; of other weights the rule's state."""
@@ -111,7 +100,7 @@ class GaLore(OptimizerMethod):
 _SETTINGS = [name for name in GaLore.Spec.model_fields if name not in ("optimizer", "targets")]
 
 
-class Projected(Stepwise):
+class GaLoreSteps(Stepwise):
     """The rule, on projected gradients in groups marked `projected`. State: step, P, Q or U0, U1, ..., the rule's."""
 
     def __init__(self, groups: Iterable[Group], **defaults: Any):

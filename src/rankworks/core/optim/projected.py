@@ -6,6 +6,8 @@ model trains them; everything else, also the factors of an adapter, is trained w
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ from rankworks.core.targets import find_sites
 class Projected(OptimizerMethod):
     """Base of the methods that project the gradients of some weights; their groups are marked `projected`."""
 
+    most_dimensions: ClassVar[int] = 2
+    """Weights of two to so many dimensions are projected."""
+
     rank: int = Rank(128, "rank r of the projected gradient")
     refresh: int = Setting(200, "steps from one subspace to the next", ge=1)
     scale: float = Positive(0.25, "factor on the projected step")
@@ -28,7 +33,8 @@ class Projected(OptimizerMethod):
 
     def groups(self, model: nn.Module, lr: float) -> list[Group]:
         """The projected weights, and the others."""
-        chosen = {id(site.tensor) for site in find_sites(model, self.targets) if site.tensor.dim() == 2}
+        tensors = [site.tensor for site in find_sites(model, self.targets)]
+        chosen = {id(tensor) for tensor in tensors if 2 <= tensor.dim() <= self.most_dimensions}
 
         def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
             return 1.0, {"projected": id(parameter) in chosen}
