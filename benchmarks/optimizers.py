@@ -36,7 +36,10 @@ SHAPES: dict[str, tuple[tuple[int, int], int]] = {
     "1b-down": ((2048, 5461), 512),
 }
 PACKAGES = ("galore-torch", "galore-torch-adafactor", "bitsandbytes", "adamw-fused", "adamw-foreach")
-OURS = ("galore", "galore-adafactor", "galore-8bit", "galore-svd", "adamw8bit", "adafactor")
+OURS = (
+    "galore", "galore-adafactor", "galore-8bit", "galore-svd", "fira", "apollo", "frugal", "dct-adamw", "adamw8bit",
+    "adafactor",
+)  # fmt: skip
 SPELT: dict[str, dict[str, Any]] = {
     "galore-adafactor": {"optimizer": "galore", "rule": "adafactor"},
     "galore-8bit": {"optimizer": "galore", "rule": "adamw8bit"},

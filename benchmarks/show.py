@@ -34,6 +34,8 @@ def _tables(result: Row) -> list[tuple[str, list[Row]]]:
         return [("One stack of layers, each method's defaults:", [_delta(n, r) for n, r in result["methods"].items()])]
     if kind == "inits":
         return [("From a loaded model to one that can train:", [_init(n, r) for n, r in result["inits"].items()])]
+    if kind == "optimizers":
+        return [(f"{case}:", [_optimizer(n, r) for n, r in rows.items()]) for case, rows in result["cases"].items()]
     if kind in ("inits_convergence", "ranks", "pretrain"):
         return [(f"{task}:", [_learned(n, r) for n, r in result[task].items()]) for task in result["setting"]["tasks"]]
     return [("", _plain(result))]
@@ -46,6 +48,17 @@ def _init(name: str, row: Row) -> Row:
         "over peft": _ratio(row, "peft"),
         "peak GB": _gigabytes(row),
         "of it before": round(row["before_start_bytes"] / 1e9, 2) if "before_start_bytes" in row else "",
+    }
+
+
+def _optimizer(name: str, row: Row) -> Row:
+    return {
+        "optimizer": name,
+        "ms": round(1000 * row["seconds"], 2),
+        "over AdamW": _ratio(row, "adamw"),
+        "mean, refreshed every 10": row["mean_over_adamw"] if "refresh_seconds" in row else "",
+        "every 200": row.get("mean_over_adamw_at_200", ""),
+        "state MB": round(row["state_bytes"] / 1e6, 2),
     }
 
 
