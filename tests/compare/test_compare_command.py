@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from rankworks.cli.app import app
 from rankworks.compare import CompareResult
-from rankworks.compare.markdown import cells, columns, p_value, verdict
+from rankworks.compare.conclude import advice, headline
+from rankworks.compare.markdown import cells, columns, markdown
 from rankworks.compare.session import Standing
 from rankworks.compare.show import Board
+from rankworks.compare.words import p_value
 
 EXAMPLE = Path(__file__).with_name("example.json")
 
@@ -88,7 +90,8 @@ def test_cells_are_told_as_people_read_them():
         if row.method == result.baseline:
             assert told["vs lora"] == "baseline"
     assert p_value(1e-9) == "<0.0001"
-    assert "arms cannot be told apart from the best" in verdict(result)
+    assert "cannot be told apart" in headline(result)
+    assert " ".join([f"**{headline(result)}**", *advice(result)]) in markdown(result)
 
 
 def test_the_board_draws_its_table_on_a_terminal():

@@ -12,10 +12,10 @@ import pytest
 from reporting import EXAMPLE, made_up
 from test_run_report import Page
 
+from rankworks.compare.conclude import advice, against_baseline, headline, named
 from rankworks.compare.report import render, write_report
 from rankworks.compare.report.bars import Axis
 from rankworks.compare.report.classes import pooled
-from rankworks.compare.report.conclude import advice, against_baseline, headline, named
 from rankworks.compare.report.costs import Point, cost_charts, pareto, points
 from rankworks.compare.report.curves import Tuned, _lowest, _over_seeds, final_chart, rate_chart, trial_chart
 from rankworks.compare.result import CompareResult, Row

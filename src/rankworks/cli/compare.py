@@ -97,7 +97,8 @@ def _title(config: Any) -> str:
 
 def show_comparison(out: Output, result: CompareResult) -> None:
     """Print the leaderboard and what a reader must know with it."""
-    from rankworks.compare.markdown import cells, columns, verdict
+    from rankworks.compare.conclude import advice, headline
+    from rankworks.compare.markdown import cells, columns
 
     out.head(result.title)
     heads = columns(result)
@@ -110,7 +111,8 @@ def show_comparison(out: Output, result: CompareResult) -> None:
         style = "bold green" if row.tie else "red" if row.status == "failed" else ""
         shown.add_row(*cells(row, result), style=style)
     out.show(shown)
-    out.show(f"  {verdict(result)}")
+    for sentence in (headline(result), *advice(result)):
+        out.show(f"  {sentence}")
     for row in result.leaderboard:
         if row.status == "failed":
             out.show(f"  {row.method} failed: {row.reason}")

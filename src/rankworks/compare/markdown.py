@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
+from rankworks.compare.conclude import advice, headline
 from rankworks.compare.result import CompareResult, Row
+from rankworks.compare.words import number, p_value, unit
 from rankworks.train.report.words import duration, size
-
-SHARES = ("accuracy", "exact_match")
-
-
-def number(value: float | None, metric: str, sign: bool = False) -> str:
-    """Return a value of the metric as people read it: shares in per cent, losses with four digits."""
-    if value is None:
-        return ""
-    plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if metric in SHARES else f"{value:{plus}.4f}"
-
-
-def unit(metric: str) -> str:
-    """Return the metric's name with its unit."""
-    return f"{metric.replace('_', ' ')} %" if metric in SHARES else metric.replace("_", " ")
-
-
-def p_value(p: float | None) -> str:
-    """Return a p-value as people read it."""
-    return "" if p is None else "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def columns(result: CompareResult) -> list[str]:
@@ -65,21 +47,6 @@ def shares_rank(row: Row, result: CompareResult) -> bool:
     return sum(r.rank == row.rank for r in result.leaderboard) > 1
 
 
-def verdict(result: CompareResult) -> str:
-    """Return in a sentence what the leaderboard allows one to conclude."""
-    ties = [r.method for r in result.leaderboard if r.tie]
-    if not ties:
-        return "No arm ran to its end."
-    if len(ties) == 1:
-        return f"{ties[0]} is the best (confidence {result.confidence:.0%})."
-    shown = ", ".join(ties[:8]) + (f" and {len(ties) - 8} more" if len(ties) > 8 else "")
-    seeds = len(result.budget["seeds"])
-    return (
-        f"{len(ties)} arms cannot be told apart from the best: {shown}. More seeds ({seeds} here) or test records "
-        f"({result.data['test']} here) would tell smaller differences."
-    )
-
-
 def markdown(result: CompareResult) -> str:
     """Return the whole result for reading."""
     heads = columns(result)
@@ -94,7 +61,7 @@ def markdown(result: CompareResult) -> str:
         + ("" if budget["equal"] == "none" else f" Equal {budget['equal']}: {budget['value'] or 'the baseline’s'}.")
         + f" The untouched model: {unit(result.metric)} {number(result.base.get(result.metric), result.metric)}.",
         "",
-        f"**{verdict(result)}**",
+        f"**{headline(result)}** {' '.join(advice(result))}".rstrip(),
         "",
         "| " + " | ".join(heads) + " |",
         "|" + "|".join("---" if h in ("", "method") else "---:" for h in heads) + "|",

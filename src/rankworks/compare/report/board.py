@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from rankworks.compare.markdown import SHARES, number, p_value, shares_rank, unit
+from rankworks.compare.conclude import against_baseline
+from rankworks.compare.markdown import shares_rank
 from rankworks.compare.report.bars import Axis, bar
-from rankworks.compare.report.conclude import against_baseline
 from rankworks.compare.result import ArmResult, CompareResult, Row
+from rankworks.compare.words import SHARES, number, p_value, unit
 from rankworks.train.report.shell import code, copy_button, pairs
 from rankworks.train.report.words import duration, size
 

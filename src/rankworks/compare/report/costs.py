@@ -9,9 +9,9 @@ from statistics import median
 
 import plotly.graph_objects as go
 
-from rankworks.compare.markdown import SHARES, number, unit
-from rankworks.compare.report.conclude import ran
+from rankworks.compare.conclude import ran
 from rankworks.compare.result import CompareResult
+from rankworks.compare.words import SHARES, number, unit
 from rankworks.train.report.style import BLUE, GREY, ORANGE, style, ticks
 from rankworks.train.report.words import duration, size
 

@@ -15,8 +15,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from rankworks.compare.markdown import SHARES
 from rankworks.compare.result import ArmResult, CompareResult, TrialResult
+from rankworks.compare.words import SHARES
 from rankworks.train.report.charts import smoothed
 from rankworks.train.report.style import GREY, caption, style, ticks
 

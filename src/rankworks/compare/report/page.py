@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from rankworks.compare.markdown import number, unit
+from rankworks.compare.conclude import advice, headline
 from rankworks.compare.report.board import leaderboard
 from rankworks.compare.report.classes import class_table, metric_table
-from rankworks.compare.report.conclude import advice, headline
 from rankworks.compare.report.costs import cost_charts
 from rankworks.compare.report.curves import final_chart, ordered, rate_chart, trial_chart
 from rankworks.compare.result import CompareResult
+from rankworks.compare.words import number, unit
 from rankworks.core.files import atomic_write
 from rankworks.train.report.shell import code, document, figure, pairs, section, tabs
 from rankworks.train.report.words import duration

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rankworks.compare.markdown import number, unit
 from rankworks.compare.result import CompareResult, Row
+from rankworks.compare.words import number, unit
 from rankworks.train.report.words import size
 
 NAMED = 6

@@ -1,0 +1,23 @@
+"""Numbers of a comparison as people read them."""
+
+from __future__ import annotations
+
+SHARES = ("accuracy", "exact_match")
+
+
+def number(value: float | None, metric: str, sign: bool = False) -> str:
+    """Return a value of the metric as people read it: shares in per cent, losses with four digits."""
+    if value is None:
+        return ""
+    plus = "+" if sign else ""
+    return f"{100 * value:{plus}.1f}" if metric in SHARES else f"{value:{plus}.4f}"
+
+
+def unit(metric: str) -> str:
+    """Return the metric's name with its unit."""
+    return f"{metric.replace('_', ' ')} %" if metric in SHARES else metric.replace("_", " ")
+
+
+def p_value(p: float | None) -> str:
+    """Return a p-value as people read it."""
+    return "" if p is None else "<0.0001" if p < 1e-4 else f"{p:.2g}"
