@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from workshop import rankworks
 
+from rankworks.cli import demo
 from rankworks.cli.demo import RECIPE
 from rankworks.cli.recipes import find, recipes
 from rankworks.compare import CompareConfig, load_compare_config
@@ -67,7 +68,8 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
-    said = rankworks("demo", "train.steps=4", "evaluate.limit=20", "--output", tmp_path / "run", "--json")
+    short = ("train.steps=4", "evaluate.limit=20", "--no-compare")
+    said = rankworks("demo", *short, "--output", tmp_path / "run", "--json")
     assert said.status == 0, said.err
     told = said.json
     assert told["trainable_parameters"] == 4_884_480
@@ -77,3 +79,13 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert said.err.count("; before: ") == 3
     for part in ("try next", "inspect", "merge", "report.html"):
         assert part in said.err
+
+
+@pytest.mark.slow
+def test_the_demos_comparison_runs(tmp_path: Path) -> None:
+    short = ("budget={trials: 1, steps: 2, seeds: 1}", "evaluate.limit=20", "train.batch_size=2", "tune.lr=1e-3")
+    said = rankworks("compare", demo.COMPARED, *short, "--output", tmp_path / "run", "--json")
+    assert said.status == 0, said.err
+    assert {row["method"] for row in said.json["leaderboard"]} == {"lora", "dora", "pissa", "vera"}
+    assert all(row["status"] == "ok" for row in said.json["leaderboard"])
+    assert (tmp_path / "run" / "report.html").is_file()

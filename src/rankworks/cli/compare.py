@@ -65,28 +65,39 @@ def compare(
     rank, tie, mean, low, high, difference, difference_low, difference_high,
     p, p_corrected, lr, trainable_parameters, and more.
     """
-    from rankworks.cli.recipes import find
-
-    path, settings = find(file), list(overrides or [])
-    again = ["compare", file, *settings, *(["--output", str(folder)] if folder else [])]
-    again += ["--storage", storage] if storage else []
     with output(as_json) as out:
-        from rankworks.compare import compare as run
-        from rankworks.compare import load_compare_config
+        out.emit(conduct(out, file, list(overrides or []), folder, storage, resume))
 
-        config = load_compare_config(path, settings)
-        if folder is not None or config.output is None:
-            config.output = str(folder or f"runs/{path.stem}")
-        if storage is not None:
-            config.storage = storage
-        out.show(f"comparing on {_title(config)}; everything is written to {short(config.output)}")
-        try:
-            result = run(config, resume=resume, command=command(*again))
-        except KeyboardInterrupt:
-            complain(f"stopped. What is finished is kept; to go on:\n  {command(*again)}", "")
-            raise typer.Exit(130) from None
-        show_comparison(out, result)
-        out.emit(summary_line(result))
+
+def conduct(
+    out: Output,
+    file: str,
+    overrides: list[str],
+    folder: Path | None = None,
+    storage: str | None = None,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Compare, show what came of it, and return what a program reads."""
+    from rankworks.cli.recipes import find
+    from rankworks.compare import compare as run
+    from rankworks.compare import load_compare_config
+
+    path = find(file)
+    again = ["compare", file, *overrides, *(["--output", str(folder)] if folder else [])]
+    again += ["--storage", storage] if storage else []
+    config = load_compare_config(path, overrides)
+    if folder is not None or config.output is None:
+        config.output = str(folder or f"runs/{path.stem}")
+    if storage is not None:
+        config.storage = storage
+    out.show(f"comparing on {_title(config)}; everything is written to {short(config.output)}")
+    try:
+        result = run(config, resume=resume, command=command(*again))
+    except KeyboardInterrupt:
+        complain(f"stopped. What is finished is kept; to go on:\n  {command(*again)}", "")
+        raise typer.Exit(130) from None
+    show_comparison(out, result)
+    return summary_line(result)
 
 
 def _title(config: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,29 +78,38 @@ def launch(
     as_json: bool = False,
 ) -> None:
     """Train from a file or a recipe, and show what came of it."""
+    with output(as_json) as out:
+        told = conduct(out, file, overrides, folder, resume=resume, report=report)
+        if told is not None:
+            out.emit(told)
+
+
+def conduct(
+    out: Output, file: str, overrides: list[str], folder: Path | None, *, resume: bool = True, report: bool = True
+) -> dict[str, Any] | None:
+    """Train and show what came of it; return what a program reads, None in a process that does not lead."""
     from rankworks.cli.recipes import find
 
     path = find(file)
     again = ["train", file, *overrides, *(["--output", str(folder)] if folder else [])]
-    with output(as_json) as out:
-        config = read(path, overrides, folder)
-        _open(out, config, resume)
-        try:
-            result = _run(config, resume)
-        except KeyboardInterrupt:
-            _stopped(config, again)
-            raise typer.Exit(130) from None
-        if not _leads():
-            return
-        from rankworks.cli.after import show_result, summary_line
+    config = read(path, overrides, folder)
+    _open(out, config, resume)
+    try:
+        result = _run(config, resume)
+    except KeyboardInterrupt:
+        _stopped(config, again)
+        raise typer.Exit(130) from None
+    if not _leads():
+        return None
+    from rankworks.cli.after import show_result, summary_line
 
-        written = None
-        if report and result.output:
-            from rankworks.train.report import write_report
+    written = None
+    if report and result.output:
+        from rankworks.train.report import write_report
 
-            written = write_report(result.output, command(*again))
-        show_result(out, config, result, written)
-        out.emit(summary_line(result, written))
+        written = write_report(result.output, command(*again))
+    show_result(out, config, result, written)
+    return summary_line(result, written)
 
 
 def read(path: Path, overrides: list[str], folder: Path | None = None) -> RunConfig:
