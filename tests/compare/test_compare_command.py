@@ -49,11 +49,17 @@ def test_json_ends_with_one_line_that_has_the_leaderboard(file: Path):
     assert "lora: seed 2 at lr" in done.stderr
     assert "cannot be told apart" in done.stderr
     # a person's call of the same goes on with it, and shows a table
-    shown = CliRunner().invoke(app, ["compare", str(file)])
+    shown = CliRunner().invoke(app, ["compare", str(file)], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert "95% interval" in shown.stdout
+    assert "spent" in shown.stdout
     assert "rankworks train runs/small/arms/" in shown.stdout
     assert "seed 2 at lr" not in shown.stderr
+    narrow = CliRunner().invoke(app, ["compare", str(file)], env={"COLUMNS": "80"})
+    head = next(line for line in narrow.stdout.splitlines() if "method" in line)
+    assert "accuracy %" in head
+    assert "spent" not in head
+    assert "…" not in narrow.stdout, "whole columns are left out, none is cut"
 
 
 def test_bad_input_is_one_paragraph_and_status_2(file: Path):

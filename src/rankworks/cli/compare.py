@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.measure import Measurement
+from rich.table import Table
 
 from rankworks.cli.output import Output, command, complain, facts, output, short, table
 
@@ -112,16 +114,7 @@ def show_comparison(out: Output, result: CompareResult) -> None:
     from rankworks.compare.markdown import cells, columns
 
     out.head(result.title)
-    heads = columns(result)
-    numbers = [h for h in heads if h not in ("", "method")]
-    shown = table(*heads)
-    for column in shown.columns:
-        column.justify = "right" if column.header in numbers else "left"
-        column.no_wrap = True
-    for row in result.leaderboard:
-        style = "bold green" if row.tie else "red" if row.status == "failed" else ""
-        shown.add_row(*cells(row, result), style=style)
-    out.show(shown)
+    out.show(_board(out, result, columns(result), [cells(row, result) for row in result.leaderboard]))
     for sentence in (headline(result), *advice(result)):
         out.show(f"  {sentence}")
     for row in result.leaderboard:
@@ -137,6 +130,22 @@ def show_comparison(out: Output, result: CompareResult) -> None:
     if best is not None:
         told["repeat the best"] = best.command
     out.show(facts(told))
+
+
+def _board(out: Output, result: CompareResult, heads: list[str], rows: list[list[str]]) -> Table:
+    """Return the leaderboard, without its last columns where the terminal is narrow: result.md has them all."""
+    roomy = out.console.options.update(max_width=1000)
+    for shown in range(len(heads), 3, -1):
+        made = table(*heads[:shown])
+        for column in made.columns:
+            column.justify = "left" if column.header in ("", "method") else "right"
+            column.no_wrap = True
+        for row, each in zip(result.leaderboard, rows, strict=True):
+            style = "bold green" if row.tie else "red" if row.status == "failed" else ""
+            made.add_row(*each[:shown], style=style)
+        if Measurement.get(out.console, roomy, made).maximum <= out.console.width:
+            break
+    return made
 
 
 def summary_line(result: CompareResult) -> dict[str, Any]:
