@@ -10,7 +10,6 @@ import pytest
 import torch
 from loops import check_falls, check_resumes
 from torch import Tensor, nn
-from two_processes import check_two
 
 from rankworks.core.errors import ConfigError
 from rankworks.core.optim.limiter import growth_factor
@@ -199,8 +198,3 @@ def test_bad_settings_are_refused() -> None:
     for settings, told in ((both_sides, "'tensor'"), ({"limit": 0.9}, "limit"), ({"rank": 0}, "rank")):
         with pytest.raises(ConfigError, match=told):
             build("optimizer", "apollo", **settings)
-
-
-@pytest.mark.slow
-def test_two_processes_draw_the_same_projections(tmp_path: Path) -> None:
-    check_two(tmp_path, "apollo", {"rank": 8, "refresh": 2}, near=2e-6)

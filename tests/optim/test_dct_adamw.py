@@ -9,7 +9,6 @@ import pytest
 import torch
 from loops import check_falls, check_resumes
 from torch import Tensor, nn
-from two_processes import check_two
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
@@ -259,8 +258,3 @@ def test_a_run_lowers_the_loss() -> None:
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, kept: str) -> None:
     """Between two choices of vectors (refresh 3), with what is fed back."""
     check_resumes(tmp_path, "dct-adamw", {"rank": 4, "feedback": kept, "refresh": 3}, stop=6)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    check_two(tmp_path, "dct-adamw", {"rank": 4, "feedback": "own", "eps": 1e-3})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,7 @@ import pytest
 import torch
 from frugal_steps import DEFAULTS, draw, one, step
 from loops import check_falls, check_resumes
-from safetensors.torch import load_file
 from torch import nn
-from training import make_loop
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
@@ -24,7 +19,6 @@ from rankworks.optim.frugal import SplitOptimizer
 from rankworks.optim.galore import GaLoreSteps
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
-from rankworks.train.checkpoint import trained_tensors
 from tiny import tiny_bert_classifier, tiny_llama, token_batch
 
 KEPT = ("rows", "columns", "entries", "P", "Q", "left", "right")
@@ -387,24 +381,3 @@ def test_the_loss_falls_in_a_run(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", RUNS, ids=str)
 def test_a_run_goes_on_bit_for_bit_within_a_period_and_past_a_change(tmp_path: Path, options: dict[str, Any]) -> None:
     check_resumes(tmp_path, "frugal", options, stop=6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [RUNS[0], RUNS[2], RUNS[4]], ids=str)
-def test_two_processes_draw_alike(tmp_path: Path, options: dict[str, Any]) -> None:
-    """They end with the weights of one process, to a thousandth of a step: another share would be whole steps away.
-
-    In float64 but for the norms, which compute in float32, so that few signs hang on rounding.
-    """
-    here, path = Path(__file__).parent, tmp_path / "two.safetensors"
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "train")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(here / "distributed_whole.py"), str(path), "frugal", repr(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loop = make_loop(tiny_llama().double().requires_grad_(True), name="frugal", options=options, steps=5, lr=1e-3)
-    loop.run()
-    two = load_file(path)
-    for name, tensor in trained_tensors(loop.model).items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)

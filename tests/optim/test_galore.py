@@ -10,7 +10,6 @@ import torch
 from eight_bits import adopt_moments
 from loops import check_falls, check_resumes, whole_loop
 from torch import Tensor, nn
-from two_processes import check_two
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
@@ -321,9 +320,3 @@ def test_the_loss_falls_and_a_run_goes_on_bit_for_bit(options: dict[str, Any], t
     options = {"rank": 4, "refresh": 3, "scale": 1.0, **options}
     check_falls("galore", options)
     check_resumes(tmp_path, "galore", options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("subspace", ["warm", "svd"])
-def test_two_processes_equal_one(subspace: str, tmp_path: Path) -> None:
-    check_two(tmp_path, "galore", {"rank": 4, "refresh": 2, "subspace": subspace}, near=1e-5)

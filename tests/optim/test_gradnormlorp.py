@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import pytest
 import torch
 from frugal_steps import draw, step
 from loops import check_falls, check_resumes
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import make_loop
 
@@ -24,7 +20,6 @@ from rankworks.optim.galore import GaLoreSteps
 from rankworks.optim.gradnormlorp import NormalisedAdamW
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
-from rankworks.train.checkpoint import trained_tensors
 from tiny import tiny_llama, token_batch
 
 SETTINGS: dict[str, Any] = {
@@ -340,21 +335,3 @@ def test_the_loss_falls_on_dora() -> None:
     )
     losses = loop.run().losses
     assert losses[-1] < losses[0] - 0.1
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """To a thousandth of a step; random probes and subspaces are the same in both."""
-    here, path, options = Path(__file__).parent, tmp_path / "two.safetensors", {**RUNS[0], "subspace": "randomised"}
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "train")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(here / "distributed_whole.py"), str(path), "gradnormlorp", repr(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    model = tiny_llama().double().requires_grad_(True)
-    loop = make_loop(model, name="gradnormlorp", options=options, steps=5, lr=1e-3)
-    loop.run()
-    two = load_file(path)
-    for name, tensor in trained_tensors(loop.model).items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from loops import check_falls, check_resumes, whole_loop
 from torch import Tensor, nn
-from two_processes import check_two
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
@@ -294,10 +293,3 @@ def test_layerwise_updates_are_the_same() -> None:
         ends.append(numbers(loop.model))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, atol=2e-6, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"layerwise": True}, {"accumulate": 2, "batch_size": 4}])
-def test_two_processes_equal_one_over_switches(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Blocks that rest keep nobody waiting."""
-    check_two(tmp_path, "lisa", {"blocks": 1, "refresh": 2, "eps": 1e-3}, steps=7, **settings)

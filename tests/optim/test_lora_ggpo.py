@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pairing import draw
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import adapted, make_loop, weights
 
@@ -255,21 +251,3 @@ def test_it_says_where_it_cannot_go() -> None:
         rw.make_optimizer(tied, "lora-ggpo")
     with pytest.raises(ConfigError, match="sigma"):
         rw.make_optimizer(adapted(), "lora-ggpo", sigma=-1)
-
-
-@pytest.mark.slow
-def test_two_processes_draw_the_same_noise(tmp_path: Path) -> None:
-    loop = make_loop(adapted().double(), steps=5, name="lora-ggpo", lr=1e-2)
-    losses = loop.run().losses
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "train")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    path = tmp_path / "two.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(here / "distributed_pairs.py"), str(path), "lora-ggpo"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = load_file(path)
-    torch.testing.assert_close(two.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=1e-5)
-    for name, tensor in weights(loop.model).items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-8, rtol=0)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loops import check_falls, check_resumes, whole_loop
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -322,25 +318,6 @@ def test_a_run_in_bfloat16_keeps_steps_that_bfloat16_would_lose() -> None:
     along = -float(((after - exact) * G.float().sign()).mean())
     assert along == pytest.approx(1e-3 * 0.6, rel=0.5), "half of G's directions, at the rate of 1e-3"
     assert (weight.held.codes != before).float().mean() > 0.01
-
-
-@pytest.mark.slow
-def test_two_processes_round_alike(tmp_path: Path) -> None:
-    """They end with the weights of one process: in float64 no draw hangs on the order of sums."""
-    here, path = Path(__file__).parent, tmp_path / "two.safetensors"
-    options = {**SMALL, "refresh": 2}
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "train")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(here / "distributed_whole.py"), str(path), "q-galore", repr(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loop = whole_loop("q-galore", options, dtype=torch.float64, steps=5, lr=1e-3)
-    loop.run()
-    two = load_file(path)
-    for name, parameter in loop.model.named_parameters():
-        apart = (two[name] - parameter).abs() > 1e-6
-        assert apart.float().mean() < 1e-3, name
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from training import adapted, make_loop, weights
 
@@ -174,19 +170,3 @@ def test_it_follows_ranks_that_change() -> None:
     loop = make_loop(model, steps=6, name="riemannian", lr=1e-2)
     loop.run()
     assert before != [pair.A.shape[0] for pair in pairs_of(loop.model)]
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    here, path = Path(__file__).parent, tmp_path / "two.safetensors"
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent / "train")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(here / "distributed_pairs.py"), str(path), "riemannian"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loop = make_loop(adapted().double(), steps=5, name="riemannian", lr=1e-2)
-    loop.run()
-    two = load_file(path)
-    for name, tensor in weights(loop.model).items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)

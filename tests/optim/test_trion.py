@@ -10,7 +10,6 @@ import pytest
 import torch
 from loops import check_falls, check_resumes
 from torch import Tensor, nn
-from two_processes import check_two
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
@@ -185,11 +184,6 @@ def test_a_run_lowers_the_loss() -> None:
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     check_resumes(tmp_path, "trion", {"rank": 4})
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    check_two(tmp_path, "trion", {"rank": 4, "eps": 1e-3, "precision": "full", "other_rate": 0.1}, near=1e-5)
 
 
 def test_the_factor_by_shape() -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -385,23 +381,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
     assert whole2.run().losses == whole.history.losses
     for name, tensor in weights(whole.model).items():
         assert torch.equal(weights(whole2.model)[name], tensor), name
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    loop = make_loop(steps=4, **SETTINGS)
-    losses = loop.run().losses
-    here, path = Path(__file__).parent, tmp_path / "two.safetensors"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent), "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(here / "distributed_ranking.py"), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = load_file(path)
-    assert two.pop("apart").item() == 0, "both processes hold the same weights to the bit"
-    torch.testing.assert_close(two.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=0)
-    for name, tensor in weights(loop.model).items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)
 
 
 class Penalty(Hook):

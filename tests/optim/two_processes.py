@@ -1,53 +1,102 @@
-"""A tiny model trained whole by an optimizer, in one process or in several; `check_two` compares the two.
+"""Runs of optimizers on a tiny model, in one process or in several: the jobs, and how each is run.
 
-As a script, started by torchrun, it writes the weights, the losses and how many processes there are to the file given.
+As a script, started by torchrun, it runs every job and writes what came of it to the folder given: all are run in one
+go, since starting processes takes longer than any of them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from loops import whole_loop
-from safetensors.torch import load_file, save_file
-from training import weights
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from training import adapted, make_loop
 
-HERE = Path(__file__).parent
-
-
-def check_two(folder: Path, name: str, options: dict[str, Any], near: float = 1e-6, **settings: Any) -> None:
-    """Two processes end with the weights and losses of one, to `near`, at the same global batch."""
-    settings = {"steps": 5, "batch_size": 8, "lr": 1e-3, **settings}
-    loop = whole_loop(name, options, **settings)
-    losses = loop.run().losses
-    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parent / "train"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    path, given = folder / "two.safetensors", json.dumps({"name": name, "options": options, **settings})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(HERE / "two_processes.py"), str(path), given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = load_file(path)
-    assert two.pop("world").item() == 2
-    torch.testing.assert_close(two.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=1e-5)
-    one = weights(loop.model)
-    assert set(two) == set(one)
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, atol=near, rtol=0)
+from rankworks.train.loop import Loop
+from tiny import tiny_llama
 
 
-def main(path: str, given: str) -> None:
-    loop = whole_loop(**json.loads(given))
-    history = loop.run()
-    if loop.main:
-        made = {"losses": torch.tensor(history.losses), "world": torch.tensor(loop.world)}
-        save_file({**weights(loop.model), **made}, path)
+@dataclass(frozen=True)
+class Job:
+    """An optimizer with its options. near: how far weights of one process and of two may be apart; loose: a share free.
+
+    trains: a whole model, or the adapters on one; dtype: of the numbers, float64 where signs would hang on rounding.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    trains: str = "model"
+    dtype: torch.dtype = torch.float32
+    near: float = 1e-6
+    loose: float = 0.0
+
+    def loop(self) -> Loop:
+        """A loop of a few steps."""
+        model: Any = adapted() if self.trains == "adapter" else tiny_llama().requires_grad_(True)
+        rate = 1e-2 if self.trains == "adapter" else 1e-3
+        settings = {"steps": 5, "batch_size": 8, "lr": rate, **self.settings}
+        return make_loop(model.to(self.dtype), name=self.name, options=self.options, **settings)
+
+
+def _pairs(name: str, near: float, **options: Any) -> Job:
+    return Job(name, options, trains="adapter", dtype=torch.float64, near=near)
+
+
+def _exact(name: str, **options: Any) -> Job:
+    return Job(name, options, dtype=torch.float64)
+
+
+LISA: dict[str, Any] = {"blocks": 1, "refresh": 2, "eps": 1e-3}
+JOBS = {
+    "altlora": _pairs("altlora", 1e-10),  # a held factor gets no gradient, which nobody must wait for
+    "lora-ggpo": _pairs("lora-ggpo", 1e-8),
+    "riemannian": _pairs("riemannian", 1e-5),
+    "zo-ranksgd": Job(
+        "zo-ranksgd", {"candidates": 4, "radius": 0.05}, {"steps": 4, "lr": 0.05, "batch_size": 8}, trains="adapter"
+    ),
+    "apollo": Job("apollo", {"rank": 8, "refresh": 2}, near=2e-6),
+    "dct-adamw": Job("dct-adamw", {"rank": 4, "feedback": "own", "eps": 1e-3}),
+    "fira": _exact("fira", rank=4, refresh=2),
+    "frugal": _exact("frugal", refresh=3),
+    "frugal-columns": _exact("frugal", refresh=3, projection="columns", moments="realign"),
+    "frugal-full": _exact("frugal", refresh=3, projection="svd", side="full", moments="realign"),
+    "galore": Job("galore", {"rank": 4, "refresh": 2, "subspace": "warm"}, near=1e-5),
+    "galore-svd": Job("galore", {"rank": 4, "refresh": 2, "subspace": "svd"}, near=1e-5),
+    "gradnormlorp": _exact("gradnormlorp", rank=8, refresh=3, subspace="randomised"),
+    "lisa": Job("lisa", LISA, {"steps": 7}),  # blocks that rest keep nobody waiting
+    "lisa-layerwise": Job("lisa", LISA, {"steps": 7, "layerwise": True}),
+    "lisa-accumulate": Job("lisa", LISA, {"steps": 7, "accumulate": 2, "batch_size": 4}),
+    "q-galore": Job("q-galore", {"rank": 4, "refresh": 2}, dtype=torch.float64, loose=1e-3),  # draws may hang on sums
+    "trion": Job("trion", {"rank": 4, "eps": 1e-3, "precision": "full", "other_rate": 0.1}, near=1e-5),
+}
+
+
+def numbers(loop: Loop) -> dict[str, Tensor]:
+    """Everything the model holds."""
+    return {name: p.detach().clone().contiguous() for name, p in loop.model.named_parameters()}
+
+
+def main(folder: str) -> None:
+    for name, job in JOBS.items():
+        loop = job.loop()
+        losses = loop.run().losses
+        held = numbers(loop)
+        flat = torch.cat([t.flatten().double() for t in held.values()])
+        first = flat.clone()
+        dist.broadcast(first, 0)
+        apart = (first != flat).sum()
+        dist.all_reduce(apart)
+        if loop.main:
+            more = {"losses": torch.tensor(losses), "world": torch.tensor(loop.world), "apart": apart}
+            save_file({**held, **more}, Path(folder) / f"{name}.safetensors")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
