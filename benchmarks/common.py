@@ -113,11 +113,16 @@ def _cpu() -> str:
         return platform.processor()
 
 
-def finish(result: dict[str, Any], path: Path | None) -> None:
-    """Write the result where asked, and print it as one JSON line, the last of the output."""
+def write(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result so far, where asked."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result where asked, and print it as one JSON line, the last of the output."""
+    write(result, path)
     print(json.dumps(result), flush=True)
 
 

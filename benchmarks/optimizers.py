@@ -35,6 +35,7 @@ SHAPES: dict[str, tuple[tuple[int, int], int]] = {
     "1b-up": ((5461, 2048), 512),
     "1b-down": ((2048, 5461), 512),
 }
+WHOLE_MODELS = 3  # contenders at a time where each has a model of its own, with gradients and state
 PACKAGES = ("galore-torch", "galore-torch-adafactor", "bitsandbytes", "adamw-fused", "adamw-foreach")
 OURS = (
     "galore", "galore-adafactor", "galore-8bit", "galore-svd", "fira", "apollo", "frugal", "dct-adamw", "adamw8bit",
@@ -72,11 +73,13 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "optimizers", "environment": common.environment(options.clock)}
     result["setting"] = {"dtype": "float32", "refresh": [OFTEN, SELDOM], "rounds": rounds, "side": "std"}
     result["cases"] = {}
+    everything = options.cases == "all" and options.optimizers == parse_default()
+    output = options.output or (common.RESULTS / "optimizers.json" if everything else None)
     for case in cases:
         common.note(f"{case}: {options.optimizers}")
         result["cases"][case] = measure(case, options, rounds)
-    everything = options.cases == "all" and options.optimizers == parse_default()
-    common.finish(result, options.output or (common.RESULTS / "optimizers.json" if everything else None))
+        common.write(result, output)
+    common.finish(result, output)
 
 
 def parse_default() -> str:
@@ -85,10 +88,22 @@ def parse_default() -> str:
 
 def measure(case: str, options: argparse.Namespace, rounds: int) -> dict[str, Any]:
     """Time every contender on one case and return its rows."""
+    shapes, rank = weights_of(case)
+    names = options.optimizers.split(",")
+    together = len(names) if case in SHAPES else WHOLE_MODELS
+    rows = {}
+    for i in range(0, len(names), together):  # AdamW takes its steps beside each of them
+        beside = beside_adamw(["adamw", *names[i : i + together]], shapes, rank, options, rounds)
+        rows = {**beside, **rows}
+    return rows
+
+
+def beside_adamw(
+    names: list[str], shapes: list[tuple[int, ...]], rank: int, options: argparse.Namespace, rounds: int
+) -> dict[str, Any]:
+    """Time contenders, AdamW the first of them, in rounds of one step each."""
     import common
 
-    shapes, rank = weights_of(case)
-    names = ["adamw", *options.optimizers.split(",")]
     made = {name: contender(name, shapes, rank, settings_of(name, options.set)) for name in names}
     steps = {name: (lambda round_, step=step: step()) for name, (step, _) in made.items()}
     seconds = common.alternate(steps, rounds, clock=options.clock)

@@ -55,11 +55,19 @@ def _exact(name: str, **options: Any) -> Job:
 LISA: dict[str, Any] = {"blocks": 1, "refresh": 2, "eps": 1e-3}
 JOBS = {
     "altlora": _pairs("altlora", 1e-10),  # a held factor gets no gradient, which nobody must wait for
+    "altlora-plus": _pairs("altlora-plus", 1e-8),
+    "allora": _pairs("allora", 1e-8),
     "lora-ggpo": _pairs("lora-ggpo", 1e-8),
+    "lora-mgpo": _pairs("lora-mgpo", 1e-8),
+    "lora-plus": _pairs("lora-plus", 1e-8),
+    "lora-pro": _pairs("lora-pro", 1e-8),
     "riemannian": _pairs("riemannian", 1e-5),
     "zo-ranksgd": Job(
         "zo-ranksgd", {"candidates": 4, "radius": 0.05}, {"steps": 4, "lr": 0.05, "batch_size": 8}, trains="adapter"
     ),
+    "adafactor": _exact("adafactor"),
+    "adamw8bit": _exact("adamw8bit"),
+    "apollo-mini": _exact("apollo-mini", refresh=2),
     "apollo": Job("apollo", {"rank": 8, "refresh": 2}, near=2e-6),
     "dct-adamw": Job("dct-adamw", {"rank": 4, "feedback": "own", "eps": 1e-3}),
     "fira": _exact("fira", rank=4, refresh=2),
