@@ -42,6 +42,7 @@ OURS = (
     "adafactor",
 )  # fmt: skip
 SPELT: dict[str, dict[str, Any]] = {
+    "frugal": {"optimizer": "frugal", "projection": "columns"},  # blocks are whole weights: one alone is in or out
     "galore-adafactor": {"optimizer": "galore", "rule": "adafactor"},
     "galore-8bit": {"optimizer": "galore", "rule": "adamw8bit"},
     "galore-svd": {"optimizer": "galore", "subspace": "svd"},
