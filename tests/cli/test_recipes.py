@@ -15,6 +15,7 @@ from rankworks.compare import CompareConfig, load_compare_config
 from rankworks.compare.arms import expand
 from rankworks.core.hub import sample_models
 from rankworks.core.spec import AdaptSpec
+from rankworks.plan import shape_names
 from rankworks.train import load_config
 from rankworks.train.sources import sample_data
 
@@ -46,12 +47,17 @@ def test_a_recipe_reads(name: str) -> None:
     config = load_compare_config(RECIPES[name]) if name in COMPARED else load_config(RECIPES[name])
     assert config.model is not None
     assert config.data is not None
-    assert config.model.name in {sample.name for sample in sample_models()}
+    known = {sample.name for sample in sample_models()}
+    if config.model.start == "random":
+        assert config.model.name in shape_names()
+        assert config.model.tokenizer in known
+    else:
+        assert config.model.name in known
     assert config.data.name in {sample.name for sample in sample_data()}
     assert config.output == f"runs/{name}"
     if isinstance(config, CompareConfig):
         assert expand(config)[0]
-    else:
+    elif config.adapt is not None:
         AdaptSpec.from_flat(config.adapt)
 
 

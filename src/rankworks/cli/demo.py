@@ -25,7 +25,7 @@ def demo(
         bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
     ] = False,
 ) -> None:
-    """Fine-tune SmolLM2-135M with LoRA on BBC News, then compare methods.
+    """Fine-tune SmolLM2-135M on BBC News, and hold four methods side by side.
 
     Examples:
       rankworks demo                     as it stands, 5 minutes on two cores
