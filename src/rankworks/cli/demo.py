@@ -25,10 +25,10 @@ def demo(
         bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
     ] = False,
 ) -> None:
-    """Fine-tune SmolLM2-135M on BBC News, and hold four methods side by side.
+    """The first five minutes: a model learns BBC News, and four ways are tried.
 
     Examples:
-      rankworks demo                     as it stands, 5 minutes on two cores
+      rankworks demo                     as it stands, 6 minutes on two cores
       rankworks demo train.steps=20 --no-compare        shorter
 
     The model (93 MB) and the articles (3 MB) are fetched once. The model is
@@ -60,7 +60,7 @@ def demo(
 
 QUESTION = (
     "Papers compare at one learning rate. Here each of four methods has its own, tuned with the same trials, and is",
-    "run again with other seeds, on a small encoder (22 M parameters) and 64 articles. About two minutes.",
+    "run again with other seeds, on a small encoder (22 M parameters) and 64 articles. About three minutes.",
 )
 
 
