@@ -129,8 +129,9 @@ def _peft(model: Any, start: str, data: list[dict[str, Any]]) -> Any:
 
         @torch.no_grad()
         def run() -> None:
-            for batch in data:
-                model(**batch)
+            for batch in data:  # its hook takes one sequence at a time
+                for i in range(len(batch["input_ids"])):
+                    model(**{name: tensor[i : i + 1] for name, tensor in batch.items()})
 
         preprocess_corda(model, config, run_model=run)
     if start == "lora_ga":
