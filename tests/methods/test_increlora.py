@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,7 @@ def test_the_penalty_over_a_site_or_over_the_ranks_of_a_round() -> None:
     assert sorted(map(len, edges.values())) == [3, 3, 4, 4]
     parts = []
     for key, delta in other.deltas.items():
-        for a, b in zip(edges[key], edges[key][1:], strict=False):
+        for a, b in pairwise(edges[key]):
             parts += [pair_of(delta).A[a:b], pair_of(delta).B[:, a:b].t()]
     term, wanted = other.penalty(chunked_drive.moment()), departure(parts)
     assert term is not None

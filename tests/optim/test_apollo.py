@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loops import check_falls, check_resumes
+from steps import draw, step
 from torch import Tensor, nn
 
 from rankworks.core.errors import ConfigError
@@ -34,21 +35,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def one(weight: Tensor, lr: float = 0.1, name: str = "w", **settings: Any) -> tuple[nn.Parameter, ScaledSGD]:
     parameter = nn.Parameter(weight.clone())
     group = {"params": [parameter], "names": [name], "projected": True}
     return parameter, ScaledSGD([group], lr=lr, **{**DEFAULTS, **settings})
-
-
-def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:
-    before = parameter.detach().clone()
-    parameter.grad = gradient.clone()
-    optimizer.step()
-    return parameter.detach() - before
 
 
 @pytest.mark.parametrize("scaling", ["channel", "tensor"])

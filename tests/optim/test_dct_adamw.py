@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loops import check_falls, check_resumes
+from steps import draw, step
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -34,21 +35,10 @@ SHAPES = [(7, 4), (4, 7)]
 RELEASED = pytest.mark.parametrize("setting", [{}, {"feedback": "own"}, {"rotate": False}, {"refresh": 3}, {"norm": 2}])
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, ProjectedDCT]:
     parameter = nn.Parameter(weight.clone())
     optimizer = ProjectedDCT([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
     return parameter, optimizer
-
-
-def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:
-    before = parameter.detach().clone()
-    parameter.grad = gradient.clone()
-    optimizer.step()
-    return parameter.detach() - before
 
 
 class Dense:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loops import check_falls, check_resumes
+from steps import draw, step
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -31,22 +32,11 @@ OWN: dict[str, Any] = {
 }
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def one(weight: Tensor, lr: float = 0.1, **settings: Any) -> tuple[nn.Parameter, FiraAdamW]:
     parameter = nn.Parameter(weight.clone())
     group = {"params": [parameter], "projected": True}
     defaults = {**COMMON, **OWN, "weight_decay": 0.0, **settings}
     return parameter, FiraAdamW([group], lr=lr, **defaults)
-
-
-def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:
-    before = parameter.detach().clone()
-    parameter.grad = gradient.clone()
-    optimizer.step()
-    return parameter.detach() - before
 
 
 def by_hand(G: Tensor, moments: dict[str, Any], *, residual: str, scale: float = 0.25, lr: float = 0.1) -> Tensor:

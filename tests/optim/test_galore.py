@@ -9,6 +9,7 @@ import pytest
 import torch
 from eight_bits import adopt_moments
 from loops import check_falls, check_resumes, whole_loop
+from steps import draw, step
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -35,21 +36,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, GaLoreSteps]:
     parameter = nn.Parameter(weight.clone())
     optimizer = GaLoreSteps([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
     return parameter, optimizer
-
-
-def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:
-    before = parameter.detach().clone()
-    parameter.grad = gradient.clone()
-    optimizer.step()
-    return parameter.detach() - before
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loops import check_falls, check_resumes
+from steps import draw, step
 from torch import Tensor, nn
 
 import rankworks as rw
@@ -36,21 +37,10 @@ DEFAULTS: dict[str, Any] = {
 SHAPES = [(9, 6), (6, 9), (6, 6)]
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def one(weight: Tensor, **settings: Any) -> tuple[nn.Parameter, OrthogonalDCT]:
     parameter = nn.Parameter(weight.clone())
     optimizer = OrthogonalDCT([{"params": [parameter], "projected": True}], lr=0.1, **{**DEFAULTS, **settings})
     return parameter, optimizer
-
-
-def step(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:
-    before = parameter.detach().clone()
-    parameter.grad = gradient.clone()
-    optimizer.step()
-    return parameter.detach() - before
 
 
 def iterated(b: Tensor) -> Tensor:
