@@ -1,4 +1,4 @@
-"""NLoRA, SLoRA, IntTune: an r x r matrix between factors that start at zero, at blocks of the weight, or Nystrom's."""
+"""NLoRA and SLoRA: an r x r matrix between factors that start at zero, at blocks of the weight, or at Nystrom's."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from torch import nn
 import rankworks as rw
 from rankworks.core.errors import TargetError
 from rankworks.core.site import Shape
-from rankworks.core.store import adapter_state
-from rankworks.core.summary import trained
 
 NYSTROM = {"init": "nlora", "form": "nystrom"}
 LEADING = {**NYSTROM, "pivots": "leading"}
@@ -86,14 +84,12 @@ def test_the_gradients_of_all_three() -> None:
 # ---- blocks of the weight ----
 
 
-@pytest.mark.parametrize("delta", ["nlora", "inttune"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_released_start_is_literal_blocks_on_a_whole_base(kind: str, delta: str) -> None:
+def test_the_released_start_is_literal_blocks_on_a_whole_base(kind: str) -> None:
     layer, x = layer_and_input(kind)
-    model = adapted(layer, delta, rank=2, alpha=2, init="nlora")
-    W, found = weight_of(model), delta_of(model)
-    core = found.N if delta == "nlora" else found.R
-    for mine, block in ((found.A, W[:2]), (found.B, W[:, :2]), (core, W[:2, :2])):
+    model = adapted(layer, "nlora", rank=2, alpha=2, init="nlora")
+    W, delta = weight_of(model), delta_of(model)
+    for mine, block in ((delta.A, W[:2]), (delta.B, W[:, :2]), (delta.N, W[:2, :2])):
         assert torch.equal(mine, block)
     close(change_of(model), W[:, :2] @ W[:2, :2] @ W[:2])
     assert not torch.equal(model(x), base_of(model, x))
@@ -148,7 +144,7 @@ def test_rook_pivots_leave_less_than_a_nearly_singular_leading_block() -> None:
     assert rest["leading"] > 10 * rest["rook"]
 
 
-@pytest.mark.parametrize("delta", ["nlora", "inttune", "lora-xs"])
+@pytest.mark.parametrize("delta", ["nlora", "lora-xs"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nystrom_leaves_the_output_bit_identical(kind: str, delta: str) -> None:
     layer, x = layer_and_input(kind)
@@ -188,9 +184,8 @@ def test_the_change_is_a_plain_lora(init: Any, rank: int, tmp_path: Path) -> Non
     assert torch.equal(again(x), y)
 
 
-@pytest.mark.parametrize("delta", ["nlora", "inttune"])
-def test_dora_goes_around_it(delta: str) -> None:
-    model, x = adapted(linear(9, 8), "dora", inner=delta, rank=2, init=NYSTROM), torch.randn(4, 9)
+def test_dora_goes_around_it() -> None:
+    model, x = adapted(linear(9, 8), "dora", inner="nlora", rank=2, init=NYSTROM), torch.randn(4, 9)
     close(model(x), base_of(model, x))
     shake(model)
     y = model(x)
@@ -198,41 +193,11 @@ def test_dora_goes_around_it(delta: str) -> None:
     close(model(x), y)
 
 
-@pytest.mark.parametrize("init", ["default", "nlora", NYSTROM])
-def test_inttune_trains_the_core_alone(init: Any, tmp_path: Path) -> None:
-    model, x = adapted(linear(9, 8), "inttune", rank=3, init=init), torch.randn(4, 9)
-    delta = delta_of(model)
-    A, B = delta.A.clone(), delta.B.clone()
-    assert [p.shape for p in trained(model)] == [(3, 3)]
-    optimizer = torch.optim.AdamW(trained(model), lr=0.1)
-    for _ in range(3):
-        model(x).square().sum().backward()
-        optimizer.step()
-    assert torch.equal(delta.A, A)
-    assert torch.equal(delta.B, B)
-    assert rank_of(change_of(model)) == 3
-    y = model(x)
-    rw.save(model, tmp_path / "adapter")
-    kept = {k.rsplit(".", 1)[-1] for k in adapter_state(model)}
-    assert kept == ({"R"} if init != NYSTROM else {"A", "B", "R", "R0"})  # blocks are rebuilt, found crosses stored
-    rw.detach(model)
-    close(rw.load(model, tmp_path / "adapter")(x), y)
-
-
-def test_inttunes_gradient() -> None:
-    model = adapted(linear(), "inttune", rank=3, alpha=6)
-    _, G = backward(model, torch.randn(4, 7))
-    delta = delta_of(model)
-    close(delta.R.grad, 2 * delta.B.T @ G @ delta.A.T)
-
-
-def test_the_printed_counts() -> None:
+def test_the_printed_count() -> None:
     """Llama-2-7B, seven projections of 32 layers at r = 128."""
     shapes = [Shape(4096, 4096)] * 4 + [Shape(11008, 4096)] * 2 + [Shape(4096, 11008)]
     spec = rw.NLoRA(rank=128)
     assert 32 * sum(spec.method.cls.count(spec, s) for s in shapes) == 319_815_680 + 3_670_016
-    spec = rw.IntTune(rank=128)
-    assert 32 * sum(spec.method.cls.count(spec, s) for s in shapes) == 3_670_016
 
 
 def test_what_it_cannot_start_is_refused() -> None:
@@ -240,15 +205,11 @@ def test_what_it_cannot_start_is_refused() -> None:
         adapted(linear(), "lora", rank=2, init="nlora")
     with pytest.raises(TargetError, match="at most 5 here, and rank is 6"):
         adapted(linear(), "nlora", rank=6, init="nlora")
-    with pytest.raises(TargetError, match="at most 5 here, and rank is 6"):
-        adapted(linear(), "inttune", rank=6)
     with pytest.raises(TargetError, match="fills 2 factors"):
         adapted(linear(), "nlora", rank=2, init="pissa")
 
 
-@pytest.mark.parametrize(
-    ("delta", "init"), [("nlora", "default"), ("nlora", "nlora"), ("nlora", NYSTROM), ("inttune", "default")]
-)
-def test_it_learns(delta: str, init: Any) -> None:
-    seen = losses(tiny_adapted(delta, rank=4, init=init))
+@pytest.mark.parametrize("init", ["default", "nlora", NYSTROM])
+def test_it_learns(init: Any) -> None:
+    seen = losses(tiny_adapted("nlora", rank=4, init=init))
     assert seen[-1] < 0.98 * seen[0]
