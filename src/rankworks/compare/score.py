@@ -16,6 +16,7 @@ from rankworks.train.heads import evaluating
 from rankworks.train.measure import Evaluator
 from rankworks.train.objective import Objective
 from rankworks.train.packing import separates_documents
+from rankworks.train.precision import Precision, autocast
 from rankworks.train.prepare import Prepared
 from rankworks.train.result import Confusion
 from rankworks.train.sources import Task
@@ -41,10 +42,11 @@ def metric_of(task: Task, config: EvaluateConfig) -> tuple[str, bool]:
 class Scorer:
     """Measures arms on the same test records."""
 
-    def __init__(self, prepared: Prepared, config: EvaluateConfig):
+    def __init__(self, prepared: Prepared, config: EvaluateConfig, precision: Precision = "float32"):
         self.prepared = prepared
+        self.precision: Precision = precision
         self.metric, self.higher = metric_of(prepared.task, config)
-        self.evaluator = Evaluator(prepared, prepared.task.test, config, "test")
+        self.evaluator = Evaluator(prepared, prepared.task.test, config, "test", precision)
         self.count = len(self.evaluator.records if self.metric != "loss" else self.evaluator.examples)
 
     def measure(self, model: nn.Module) -> Scored:
@@ -53,20 +55,30 @@ class Scorer:
             measured = self.evaluator.measure(model)
             return Scored(measured.metrics, [float(r) for r in measured.right], None, measured.confusion)
         metrics = self.evaluator.measure(model, quick=True).metrics
-        pairs = losses(model, self.evaluator.examples, self.prepared.pad)
+        with autocast(model, self.precision):
+            pairs = losses(model, self.evaluator.examples, self.prepared.pad)
         return Scored(metrics, [total / count for total, count in pairs], [float(c) for _, c in pairs], None)
 
 
 class Validator:
     """What trials are judged by: the loss on the validation records, or minus their score."""
 
-    def __init__(self, prepared: Prepared, records: list[dict], config: EvaluateConfig, metric: str):
+    def __init__(
+        self,
+        prepared: Prepared,
+        records: list[dict],
+        config: EvaluateConfig,
+        metric: str,
+        precision: Precision = "float32",
+    ):
         self.prepared, self.metric, self.size = prepared, metric, config.batch_tokens
+        self.precision: Precision = precision
         name, self.higher = metric_of(prepared.task, config)
         self.score = name if metric == "score" and name != "loss" else None
         self.title = f"validation {name.replace('_', ' ') if self.score else 'loss'}"
         if self.score:
-            self.evaluator = Evaluator(prepared, records, config.model_copy(update={"limit": None}), "valid")
+            unlimited = config.model_copy(update={"limit": None})
+            self.evaluator = Evaluator(prepared, records, unlimited, "valid", precision)
         else:
             self.examples = prepared.examples(records, "valid")
 
@@ -74,7 +86,8 @@ class Validator:
         """Return a number of which less is better."""
         if self.score:
             return -self.evaluator.measure(model).metrics[self.score]
-        return mean_loss(model, self.examples, self.prepared.pad, self.size)["loss"]
+        with autocast(model, self.precision):
+            return mean_loss(model, self.examples, self.prepared.pad, self.size)["loss"]
 
 
 def losses(model: nn.Module, examples: Sequence[Example], pad: int) -> list[tuple[float, int]]:

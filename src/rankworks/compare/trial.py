@@ -81,8 +81,8 @@ class Bench:
         self.examples = self.prepared.examples(task.train, "train")
         by = "label" if task.kind == "classification" else None
         records = choose(task.valid, config.tune.valid_limit, seed=0, by=by)
-        self.validator = Validator(self.prepared, records, config.evaluate, config.tune.metric)
-        self.scorer = Scorer(self.prepared, config.evaluate)
+        self.validator = Validator(self.prepared, records, config.evaluate, config.tune.metric, config.train.precision)
+        self.scorer = Scorer(self.prepared, config.evaluate, config.train.precision)
         self.prepared.progress = False  # from here on the comparison's own display speaks
         classifies = config.model is not None and config.model.task == "classification"
         self.heads = [n for n, _ in model.named_children() if n in HEADS] if classifies else []

@@ -168,11 +168,12 @@ class _Job:
         self.main = processes().is_main_process
         self.prepared = Prepared(task, model, tokenizer, progress and self.main)
         self.examples = self.prepared.examples(task.train, "train") if examples is None else examples
+        precision = config.train.precision
         held_out, where = (task.test, "test") if task.test else (task.train, "train")
-        self.evaluator = Evaluator(self.prepared, held_out, config.evaluate, where)
+        self.evaluator = Evaluator(self.prepared, held_out, config.evaluate, where, precision)
         self.validator = None
         if config.train.eval_every:
-            self.validator = Evaluator(self.prepared, task.valid or held_out, config.evaluate, "valid")
+            self.validator = Evaluator(self.prepared, task.valid or held_out, config.evaluate, "valid", precision)
         self.before = self._read_before() if self.continued else self.evaluator.measure(model)
 
     def run(self, hooks: Sequence[Hook], progress: bool) -> RunResult:

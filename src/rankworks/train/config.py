@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from rankworks.core.config import Config, read
 from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError
 from rankworks.core.registry import build, get, methods
+from rankworks.train.precision import Precision
 from rankworks.train.sources.config import DataConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -109,9 +110,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, slower"
     )
-    precision: Literal["float32", "bf16"] = Field(
-        default="float32", description="bf16: autocast; weights keep model.dtype"
-    )
+    precision: Precision = Field(default="float32", description="bf16: autocast; weights keep model.dtype")
     compile: bool = Field(default=False, description="torch.compile the model: slow start, faster steps")
     loss_chunk_mib: int = Field(default=128, ge=1, description="upper bound of the logits that exist at once")
     eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations on the validation data")

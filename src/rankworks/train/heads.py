@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankworks.train.tried import remembered
+
 
 @dataclass(frozen=True)
 class SplitModel:
@@ -60,7 +62,7 @@ def split_model(model: nn.Module) -> SplitModel | None:
     ids = (torch.arange(6, device=embeddings.weight.device) * 7 + 3).reshape(2, 3) % embeddings.weight.shape[0]
     vocabulary = int(getattr(projection, "out_features", embeddings.weight.shape[0]))
     split = SplitModel(backbone, projection, vocabulary, getattr(config, "final_logit_softcapping", None), factor)
-    return split if _agrees(model, split, ids) else None
+    return split if remembered(model, "split", lambda: _agrees(model, split, ids)) else None
 
 
 def _agrees(model: nn.Module, split: SplitModel, ids: Tensor) -> bool:

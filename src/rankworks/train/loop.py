@@ -115,7 +115,7 @@ class Loop:
         if any(hook.freezes for hook in self.hooks):  # or gradients would be waited for that do not come
             unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
             self.accelerator.ddp_handler = unused
-        objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision == "bf16")
+        objective = Objective(model, train.loss_chunk_mib * 2**20, train.precision)
         self.apart = leave_out(objective)
         self.objective: Any = self.accelerator.prepare_model(objective, device_placement=False)
         self.device = next(model.parameters()).device

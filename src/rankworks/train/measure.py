@@ -16,6 +16,7 @@ from rankworks.train.evaluate import (
     mean_loss,
     same_answer,
 )
+from rankworks.train.precision import Precision, autocast
 from rankworks.train.prepare import Prepared, Record
 from rankworks.train.result import Confusion
 from rankworks.train.sources.split import choose
@@ -43,8 +44,16 @@ class Measured:
 class Evaluator:
     """Measures models on the same records again and again; the records are tokenised once."""
 
-    def __init__(self, prepared: Prepared, records: list[Record], config: EvaluateConfig, where: str = "test"):
+    def __init__(
+        self,
+        prepared: Prepared,
+        records: list[Record],
+        config: EvaluateConfig,
+        where: str = "test",
+        precision: Precision = "float32",
+    ):
         self.prepared, self.config = prepared, config
+        self.precision: Precision = precision
         kind = prepared.task.kind
         # Every class in its share: equal strides would fall in step with the classes, which take turns in a task.
         self.records = choose(records, config.limit, seed=0, by="label" if kind == "classification" else None)
@@ -66,7 +75,8 @@ class Evaluator:
         if self.prepared.task.kind == "classification":
             return self._classification(model)
         show = self.prepared.progress and not quick
-        metrics = mean_loss(model, self.examples, self.prepared.pad, self.config.batch_tokens, show)
+        with autocast(model, self.precision):
+            metrics = mean_loss(model, self.examples, self.prepared.pad, self.config.batch_tokens, show)
         if quick:
             return Measured(metrics)
         if self.prepared.task.kind == "text":
@@ -75,10 +85,11 @@ class Evaluator:
 
     def _classification(self, model: nn.Module) -> Measured:
         size, show = self.config.batch_tokens, self.prepared.progress
-        if self.prepared.classifier:
-            chosen = choose_classes(model, self.examples, self.prepared.pad, size, show)
-        else:
-            chosen = choose_answers(model, self.questions, self.config.scoring, size, show)
+        with autocast(model, self.precision):
+            if self.prepared.classifier:
+                chosen = choose_classes(model, self.examples, self.prepared.pad, size, show)
+            else:
+                chosen = choose_answers(model, self.questions, self.config.scoring, size, show)
         classes = self.prepared.classes
         right = [a == b for a, b in zip(self.true, chosen, strict=True)]
         answers = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from rankworks.train.batches import Batch
 from rankworks.train.documents import attends_by_document, document_inputs
 from rankworks.train.heads import SplitModel, first_output, split_model
 from rankworks.train.loss import CHUNK_BYTES, IGNORE, chunk_rows, chunked_cross_entropy
+from rankworks.train.precision import Precision, autocast
 
 
 class Objective(nn.Module):
@@ -26,10 +26,11 @@ class Objective(nn.Module):
     call: Any
     whole_graph: bool = False  # somebody may take a second derivative, so the loss is made of plain operations
 
-    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, bf16: bool = False):
+    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, precision: Precision = "float32"):
         super().__init__()
         self.model = model
-        self.bf16, self.chunk_bytes = bf16, chunk_bytes
+        self.precision: Precision = precision
+        self.chunk_bytes = chunk_bytes
         split = split_model(model)
         call: Any = model if split is None else split.backbone
         object.__setattr__(self, "split", split)  # parts of `model`, not submodules of their own
@@ -40,12 +41,11 @@ class Objective(nn.Module):
 
         labels: (rows, width), or (rows,) for a classifier. documents: the lengths in the one row, within `by_document`.
         """
-        device = labels.device.type
         if documents is not None:
             if not attends_by_document(self.model):  # it would attend across all of them, and backwards
                 raise RuntimeError("a batch in one row needs a model within `by_document`")
             inputs = inputs | document_inputs(documents, labels.device)
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+        with autocast(labels.device, self.precision):
             if labels.ndim == 1:
                 logits = self.call(**inputs).logits  # (rows, classes)
                 return F.cross_entropy(logits.float(), labels, reduction="sum")

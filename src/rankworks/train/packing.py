@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rankworks.train.heads import evaluating, split_model
+from rankworks.train.tried import remembered
 
 ATTENTION_COST = 4000.0
 """Row length at which attention costs about as much as everything else (6 x hidden width for a 600-wide model)."""
@@ -67,6 +68,13 @@ def packed_as_alone(
     Three short documents, with padding behind, are computed both ways; their hidden states must agree to `tolerance` of
     the largest. `extra(lengths, device)` gives what a packed call gets besides the tokens and their positions.
     """
+    question = f"packed {getattr(extra, '__qualname__', extra)} {tolerance}"
+    return remembered(model, question, lambda: _packed_as_alone(model, extra, tolerance))
+
+
+def _packed_as_alone(
+    model: nn.Module, extra: Callable[[Sequence[int], torch.device], dict[str, Any]] | None, tolerance: float
+) -> bool:
     split = split_model(model)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     weight = embeddings.weight

@@ -25,7 +25,9 @@ from rankworks.core.scaled import Scaled
 from rankworks.core.select import Searching
 from rankworks.core.summary import trained
 from rankworks.train.batches import Batch, Example, Sampler
+from rankworks.train.heads import evaluating
 from rankworks.train.objective import Objective
+from rankworks.train.precision import Precision
 
 Batches = Callable[[Sequence[Example]], list[Batch]]
 
@@ -62,7 +64,7 @@ class Relaxed:
         theta = {f"model.{n}": p.detach() for n, p in model.named_parameters() if id(p) in acting}
         labels = max(1, sum(batch.learned for batch in held_out))
         total = torch.zeros_like(scores)
-        with _evaluating(model), sdpa_kernel(SDPBackend.MATH) if inner else contextlib.nullcontext():
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH) if inner else contextlib.nullcontext():
             for batch in held_out:
                 self.act(scores)
                 moved = self._moved(objective, theta, inner, rate)
@@ -88,8 +90,8 @@ class Relaxed:
 class WholeObjective(Objective):
     """The same loss with all logits at once, which can be differentiated twice."""
 
-    def __init__(self, model: nn.Module, bf16: bool = False):
-        super().__init__(model, bf16=bf16)
+    def __init__(self, model: nn.Module, precision: Precision = "float32"):
+        super().__init__(model, precision=precision)
         object.__setattr__(self, "split", None)
         object.__setattr__(self, "call", model)
 
@@ -98,18 +100,6 @@ def _loss(objective: Objective, theta: dict[str, Tensor], batch: Batch) -> Tenso
     """The summed loss of a batch with the adapter's tensors at theta."""
     batch = batch.to(next(objective.model.parameters()).device)
     return functional_call(objective, theta, (batch.inputs, batch.labels, batch.documents))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    """Within the block the model and all in it are in eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class ScoreSteps(Hook):

@@ -162,9 +162,9 @@ def _loop(
     plain = {"steps": steps, "epochs": None, "compile": False, "eval_every": None, "tensorboard": False}
     train = TrainConfig(**{**train.model_dump(), **plain})
     optim = config.optim.model_copy(update={"lr": settings.lr or config.optim.lr})
-    bf16 = train.precision == "bf16"
     deep = relaxed.selection.depth > 0
-    objective = WholeObjective(model, bf16) if deep else Objective(model, train.loss_chunk_mib * 2**20, bf16)
+    chunk = train.loss_chunk_mib * 2**20
+    objective = WholeObjective(model, train.precision) if deep else Objective(model, chunk, train.precision)
     hook = ScoreSteps(
         relaxed,
         objective,
