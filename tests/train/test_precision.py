@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def task(kind: str) -> Task:
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("kind", ["classification", "completion"])
 def test_measured_as_it_trains(kind: str, precision: Precision) -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}  # generating or not: types of the products
 
     def look(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -43,7 +45,7 @@ def test_measured_as_it_trains(kind: str, precision: Precision) -> None:
         finally:
             generating = False
 
-    model.generate = generated  # type: ignore[method-assign]
+    model.generate = generated
     model.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(look)
     prepared = Prepared(task(kind), model, byte_tokenizer(), progress=False)
     config = EvaluateConfig(max_new_tokens=2, exact_match=kind == "completion")
