@@ -101,8 +101,7 @@ class Gated(Wrapper, Factored):
     @property
     def empty(self) -> bool:
         """Whether every gate is zero, or the inner delta is without ranks; not with a start taken out of the base."""
-        start = getattr(self.inner.pair, "A0", None)
-        return self.inner.empty or (start is None and not bool(self.gate.any()))
+        return self.inner.empty or not (bool(self.gate.any()) or bool(self.factors().A.any()))
 
     @classmethod
     def gates(cls, spec: Any, shape: Shape) -> int:
