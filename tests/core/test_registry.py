@@ -6,7 +6,7 @@ import pytest
 
 import rankworks as rw
 from rankworks.core.delta import Delta
-from rankworks.core.errors import ConfigError
+from rankworks.core.errors import ConfigError, did_you_mean
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.registry import build, register, unregister
 
@@ -43,3 +43,7 @@ def test_settings_that_do_not_agree_are_refused_wherever_the_spec_is_made() -> N
         assert build("delta", {"delta": "between", "high": 5.0}).high == 5
     finally:
         unregister("delta", "between")
+
+
+def test_a_list_of_known_names_has_each_once() -> None:
+    assert did_you_mean("zzz", ["rank", "alpha", "rank"]) == " Known: alpha, rank."

@@ -64,7 +64,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` with the nearest names, or the list of all names when none is near."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = nearest(name, known)
     if close:
         return " Did you mean " + " or ".join(repr(c) for c in close) + "?"
