@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rankworks.core.adapt import adapt, detach
-from rankworks.core.errors import ConfigError, RankworksError
+from rankworks.core.errors import ConfigError
 from rankworks.core.registry import MethodSpec
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
+from rankworks.plan.attempt import UntraceableError, attempt
 from rankworks.plan.result import Fit, Plan
 from rankworks.plan.source import Source, open_source
 from rankworks.plan.states import Optimizer, optimizer_bytes, read_optimizer
-from rankworks.plan.trace import Trace, step_inputs, trace_step
+from rankworks.plan.trace import Trace
 from rankworks.plan.units import parse_bytes
 
 ModelLike = str | Path | PretrainedConfig | nn.Module
@@ -117,20 +118,16 @@ def _measure(source: Source, spec: AdaptSpec, step: Step, memory: int | None) ->
     gradients, states = _sum(trained), optimizer_bytes(step.states, model)
     fixed = source.weight_bytes + source.unpacked_bytes + _sum(held) + states
     notes: list[str] = []
-    trace = _trace(model, step, step.batch_size, notes)
-    fit = None
-    if memory is not None and trace is not None:
-        known = {step.batch_size: _moving(trace, gradients)}
-
-        def takes(rows: int) -> int:
-            if rows not in known:
-                known[rows] = _moving(_trace(model, step, rows, []), gradients)
-            return known[rows]
-
-        most = largest_batch(takes, memory - fixed)
-        fit = Fit(memory, step.batch_size <= most, most)
-    elif memory is not None:
-        notes.append("whether it fits is not said, since the step could not be traced")
+    trace = fit = None
+    try:
+        trace = _trace(model, step, step.batch_size)
+        fit = None if memory is None else _fit(model, step, memory, fixed, gradients, trace)
+    except UntraceableError as why:
+        if trace is None:
+            notes.append(f"no activation estimate: {why}")
+        if memory is not None:
+            others = "" if trace is None else f" with other batch sizes: {why}"
+            notes.append(f"whether it fits is not said, since the step could not be traced{others}")
     return Plan(
         model=source.title,
         delta=spec.delta.key,
@@ -159,6 +156,22 @@ def _measure(source: Source, spec: AdaptSpec, step: Step, memory: int | None) ->
     )
 
 
+def _fit(model: nn.Module, step: Step, memory: int, fixed: int, gradients: int, trace: Trace) -> Fit:
+    known = {step.batch_size: _moving(trace, gradients)}
+
+    def takes(rows: int) -> int:
+        if rows not in known:
+            known[rows] = _moving(_trace(model, step, rows), gradients)
+        return known[rows]
+
+    most = largest_batch(takes, memory - fixed)
+    return Fit(memory, step.batch_size <= most, most)
+
+
+def _trace(model: nn.Module, step: Step, rows: int) -> Trace:
+    return attempt(model, rows, step.sequence, step.example, step.loss, step.checkpointing, step.fused)
+
+
 def _moving(trace: Trace | None, gradients: int) -> int:
     """The bytes that come and go: of a step's two passes, or of the update (gradients and as much scratch)."""
     return max(trace.peak if trace else 0, 2 * gradients)
@@ -166,24 +179,6 @@ def _moving(trace: Trace | None, gradients: int) -> int:
 
 def _sum(tensors: Any) -> int:
     return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
-
-
-def _trace(model: nn.Module, step: Step, batch: int, notes: list[str]) -> Trace | None:
-    """Trace a step, or say in `notes` why it cannot be."""
-    inputs = step_inputs(model, batch, step.sequence, step.example)
-    if inputs is None:
-        notes.append("no activation estimate: the model does not say what it takes; give example=")
-        return None
-    try:
-        return trace_step(model, inputs, step.loss, step.checkpointing, step.fused)
-    except RankworksError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        notes.append(
-            f"no activation estimate: the model does not run without values ({type(error).__name__}: {reason})"
-        )
-        return None
 
 
 def largest_batch(takes: Callable[[int], int], free: int) -> int:
