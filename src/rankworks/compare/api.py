@@ -165,10 +165,11 @@ class _Comparison:
             for s in standings
         ]
         result = CompareResult(
-            title=f"{model.name} on {source}",
+            title=f"{model.name}{', reshaped,' if model.shape else ''} on {source}",
             complete=all(s.done for s in standings),
             model={
                 "name": model.name,
+                "shape": model.shape,
                 "parameters": sum(p.numel() for p in bench.base.model.parameters()),
                 "dtype": model.dtype,
                 "device": str(next(bench.base.model.parameters()).device),

@@ -158,7 +158,9 @@ def _arm(config: CompareConfig, method: Method, settings: dict[str, Any], number
     delta = settings.pop("delta", method.key if method.axis == "delta" else base.get("delta", "lora"))
     shared, left_out = ({}, set()) if whole else _shared(base, delta)
     if whole and settings:
-        raise ConfigError(f"{where}: the whole model is trained, which has no {' and no '.join(settings)}.")
+        within = f" An optimizer's own stand within it: {{optimizer: {{name: {method.key}, ...}}}}."
+        told = f"{where}: the whole model is trained, which has no {' and no '.join(settings)}."
+        raise ConfigError(told + (within if method.axis == "optimizer" else ""))
     arm = Arm(
         label=label,
         axis=method.axis,

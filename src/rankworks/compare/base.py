@@ -98,8 +98,9 @@ def born(settings: Any, seed: int) -> dict[str, Any]:
     told: dict[str, Any] = {"seed": seed} if settings.task == "classification" else {}
     if getattr(settings, "start", "pretrained") == "random":
         told |= {"seed": seed, "start": settings.start}
-    if getattr(settings, "tokenizer", None) is not None:
-        told["tokenizer"] = settings.tokenizer
+    for name in ("tokenizer", "shape"):
+        if getattr(settings, name, None) is not None:
+            told[name] = getattr(settings, name)
     return told
 
 

@@ -57,7 +57,7 @@ def advice(result: CompareResult) -> list[str]:
     best = [row for row in result.leaderboard if row.tie]
     said = []
     if len(best) > 1:
-        said += [f"Tied for the best: {named([row.method for row in best])}.", *_cheapest(best)]
+        said += [f"Tied for the best: {named([row.method for row in best])}.", *_cheapest(best, result)]
     said += _beside_baseline(result)
     if len(best) > 1:
         seeds, records = len(result.budget.get("seeds") or [0]), result.data.get("test")
@@ -86,17 +86,23 @@ class Cost:
     noise: float = 0.0
 
 
+STATE = Cost(
+    "keeps the least for its optimizer", "keep the least for their optimizer", lambda r: r.optimizer_bytes, size
+)
+"""Told where optimizers differ: under one optimizer it follows from the trained numbers."""
+
 COSTS = (
     Cost("trains the fewest numbers", "train the fewest numbers", lambda r: r.trainable_parameters, "{:,.0f}".format),
+    STATE,
     Cost("needs the least memory", "need the least memory", lambda r: r.memory_bytes, size, 0.05),
     Cost("has the shortest step", "have the shortest step", lambda r: r.step_seconds, "{:.2g} s".format, 0.1),
 )
 
 
-def _cheapest(best: Sequence[Row]) -> list[str]:
+def _cheapest(best: Sequence[Row], result: CompareResult) -> list[str]:
     """Return who among the tied costs least; nothing of a cost that is the same for all."""
     found = []
-    for cost in COSTS:
+    for cost in COSTS if result.compares_optimizers else [cost for cost in COSTS if cost is not STATE]:
         known = [(value, row.method) for row in best if (value := cost.value(row)) is not None]
         least = min((value for value, _ in known), default=0)
         low = [label for value, label in known if value <= (1 + cost.noise) * least]

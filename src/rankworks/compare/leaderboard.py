@@ -111,6 +111,7 @@ def _row(
         diverged=sum(t.outcome == DIVERGED for t in trials),
         seeds=len(finished),
         command=command,
+        optimizer_bytes=max((r.optimizer_bytes for r in finished if r.optimizer_bytes is not None), default=None),
     )
 
 

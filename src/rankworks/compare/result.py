@@ -34,7 +34,8 @@ class Row:
     mean, low, high: the test metric over seeds and test records, with its interval. difference (low, high): paired
     difference to the baseline, positive is better than the baseline whatever the metric; p: its two-sided p-value,
     p_corrected: after Holm's correction over all rows. lr: the tuned learning rate.
-    memory_bytes: measured peak of a rerun; planned_bytes: the peak that `plan` estimates. step_seconds: median time of
+    memory_bytes: measured peak of a rerun; planned_bytes: the peak that `plan` estimates. optimizer_bytes: what the
+    optimizer kept at the end of a rerun, all tensors of its state but step counters. step_seconds: median time of
     a training step; seconds: everything that was spent on the arm. trials, pruned, diverged: how the tuning went.
     """
 
@@ -62,6 +63,7 @@ class Row:
     diverged: int
     seeds: int
     command: str
+    optimizer_bytes: int | None = None  # None in results of earlier versions too
 
 
 @dataclass
@@ -110,6 +112,7 @@ class RerunResult:
     trainable_parameters: int
     losses: list[tuple[int, float]] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
+    optimizer_bytes: int | None = None
 
 
 @dataclass
@@ -189,6 +192,12 @@ class CompareResult:
     config: dict[str, Any]
     version: str = __version__
     format: int = FORMAT
+
+    @property
+    def compares_optimizers(self) -> bool:
+        """Whether arms differ in their optimizers, settings but the learning rate counted in."""
+        known = [{k: v for k, v in arm.optim.items() if k != "lr"} for arm in self.arms]
+        return any(optim != known[0] for optim in known)
 
     def arm(self, label: str) -> ArmResult:
         """Return one arm by its label."""

@@ -184,6 +184,7 @@ class Session:
                 tokens_per_second=outcome.tokens_per_second,
                 peak_memory_bytes=outcome.peak_memory_bytes,
                 trainable_parameters=outcome.trainable_parameters,
+                optimizer_bytes=outcome.optimizer_bytes,
                 losses=outcome.losses,
                 valid=outcome.valid,
             )

@@ -27,6 +27,7 @@ from rankworks.core.adapt import adapt
 from rankworks.core.errors import DataError, RankworksError, TrainingError
 from rankworks.core.evidence import Evidence
 from rankworks.core.hooks import Hook, Moment
+from rankworks.core.optim.held import held_bytes
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.summary import trainable_parameters
 from rankworks.train.api import HEADS
@@ -62,6 +63,7 @@ class Outcome:
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     trainable_parameters: int = 0
+    optimizer_bytes: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
 
@@ -223,6 +225,7 @@ class Bench:
         set_seed(recipe.train.seed, device_specific=True)
         try:
             loop.run()
+            outcome.optimizer_bytes = held_bytes(loop.optimizer)
         finally:
             _note(outcome, loop.history, loop.step)
         if not outcome.valid or outcome.valid[-1][0] != steps:

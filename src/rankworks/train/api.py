@@ -29,6 +29,7 @@ from rankworks.core.evidence import Evidence
 from rankworks.core.files import atomic_write
 from rankworks.core.hooks import Hook
 from rankworks.core.hub import load_model
+from rankworks.core.optim.held import held_bytes
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.core.store import TENSORS, adapter_state, save
@@ -86,6 +87,7 @@ def run(
             seed=config.train.seed,
             start=settings.start,
             tokenizer=settings.tokenizer,
+            shape=settings.shape,
         )
     if config.output is None:
         what = config.optim.name if config.adapt is None else config.adapt.get("delta", "lora")
@@ -253,6 +255,7 @@ def _result(model: nn.Module, loop: Loop, before: Measured, after: Measured, fol
         confusion=after.confusion,
         output=str(folder) if folder is not None else None,
         chosen=_chosen(model, names),
+        optimizer_bytes=held_bytes(loop.optimizer),
     )
 
 

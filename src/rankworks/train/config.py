@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rankworks.core.config import Config, read
 from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError
+from rankworks.core.hub.byte_level import BYTES
 from rankworks.core.registry import build, get, methods
 from rankworks.train.precision import Precision
 from rankworks.train.sources.config import DataConfig
@@ -34,12 +35,24 @@ class ModelConfig(Config):
     start: Literal["pretrained", "random"] = Field(
         default="pretrained", description="random: new weights; then name may be a shape, e.g. llama-60m"
     )
-    tokenizer: str | None = Field(default=None, description="model whose tokenizer is taken; by default its own")
+    tokenizer: str | None = Field(
+        default=None, description="model whose tokenizer is taken, or bytes; by default its own"
+    )
+    shape: dict[str, Any] | None = Field(
+        default=None, description="start: random: settings of the model that are replaced, e.g. {hidden_size: 256}"
+    )
     dtype: Dtype = Field(default="float32", description="type of the base weights")
     device: str | None = Field(default=None, description="cpu, cuda, mps, ...; by default the fastest there is")
     task: Literal["causal-lm", "classification"] = Field(
         default="causal-lm", description="classification: a head of classes"
     )
+
+    @model_validator(mode="after")
+    def _new(self) -> ModelConfig:
+        for name, asked in (("shape", bool(self.shape)), ("tokenizer", self.tokenizer == BYTES)):
+            if asked and self.start != "random":
+                raise ValueError(f"{name} makes another model, which has no weights yet: give start: random with it")
+        return self
 
 
 class OptimConfig(Config):

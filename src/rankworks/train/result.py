@@ -34,7 +34,7 @@ class RunResult:
     for completions; "loss", "perplexity" for text). losses: mean training loss of every step. tokens_per_second counts
     tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
     adapter's selection chose, layers or modules; None without one. model: where the model lies that was trained as a
-    whole, None beside an adapter.
+    whole, None beside an adapter. optimizer_bytes: what the optimizer kept in the end, but for step counters.
     """
 
     before: dict[str, float]
@@ -55,6 +55,7 @@ class RunResult:
     chosen: list[str] | None = None
     model: str | None = None
     model_bytes: int = 0
+    optimizer_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""

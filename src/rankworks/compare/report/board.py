@@ -63,6 +63,7 @@ def _columns(result: CompareResult) -> list[Column]:
         *(against if result.baseline else []),
         Column("lr", "tuned learning rate", style="number less"),
         Column("trained", "trained numbers"),
+        *([Column("optimizer", "bytes its state takes", style="number less")] if result.compares_optimizers else []),
         Column("memory", "measured peak", style="number less"),
         Column("step", "seconds of a training step", style="number less"),
         Column("spent", "time of all its runs", style="number less"),
@@ -92,6 +93,7 @@ def _body(row: Row, result: CompareResult, scores: Axis | None, gaps: Axis | Non
         *([_gap(row, result, gaps), _cell(p_value(row.p_corrected), row.p_corrected)] if result.baseline else []),
         _cell("" if row.lr is None else f"{row.lr:.3g}", row.lr),
         _cell(f"{row.trainable_parameters:,}", row.trainable_parameters, "number"),
+        *([_cell(_kept(row), row.optimizer_bytes)] if result.compares_optimizers else []),
         _cell("" if row.memory_bytes is None else size(row.memory_bytes), row.memory_bytes),
         _cell("" if row.step_seconds is None else f"{row.step_seconds:.2g} s", row.step_seconds),
         _cell(duration(row.seconds), row.seconds),
@@ -105,6 +107,10 @@ def _body(row: Row, result: CompareResult, scores: Axis | None, gaps: Axis | Non
 
 def _cell(text: str, value: float | None, style: str = "number less") -> str:
     return f'<td class="{style}" data-sort="{"" if value is None else value}">{escape(text)}</td>'
+
+
+def _kept(row: Row) -> str:
+    return "" if row.optimizer_bytes is None else size(row.optimizer_bytes)
 
 
 def _opener(row: Row, result: CompareResult) -> str:
@@ -160,6 +166,8 @@ def _more(row: Row, arm: ArmResult | None, result: CompareResult) -> str:
         facts["learning rate"] = f"{row.lr:g}" + (f", searched {searched[0]:g} to {searched[1]:g}" if searched else "")
     facts["tuning"] = f"{row.trials} trials, of which {row.pruned} pruned and {row.diverged} diverged"
     facts["seeds"] = row.seeds
+    if row.optimizer_bytes is not None:
+        facts["optimizer's state"] = f"{size(row.optimizer_bytes)} at the end of a run"
     if row.memory_bytes is not None:
         facts["peak memory"] = f"{size(row.memory_bytes)} measured, {size(row.planned_bytes)} planned"
     if row.step_seconds is not None:

@@ -16,6 +16,9 @@ from rankworks.train.report.style import BLUE, GREY, ORANGE, style, ticks
 from rankworks.train.report.words import duration, size
 
 HEIGHT = 440
+STATE = "optimizer state"
+TICKS = {"trained numbers": ("~s", ""), STATE: ("~s", "B"), "peak memory": ("~s", "B"), "time of a run": (",~r", " s")}
+"""Per view, how plotly writes a number, and its unit."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Point:
 
 def points(result: CompareResult) -> dict[str, list[Point]]:
     """Return {view: points}, best arms first; an arm whose cost is not known is not in that view."""
-    views: dict[str, list[Point]] = {"trained numbers": [], "peak memory": [], "time of a run": []}
+    views: dict[str, list[Point]] = {view: [] for view in ("trained numbers", STATE, "peak memory", "time of a run")}
     runs = {arm.label: [r.seconds for r in arm.reruns if r.outcome == "complete"] for arm in result.arms}
     for row in ran(result):
         if row.mean is None:
@@ -40,6 +43,7 @@ def points(result: CompareResult) -> dict[str, list[Point]]:
         times = runs.get(row.method)
         costs = {
             "trained numbers": (row.trainable_parameters, f"{row.trainable_parameters:,}"),
+            STATE: (row.optimizer_bytes if result.compares_optimizers else None, size(row.optimizer_bytes or 0)),
             "peak memory": (row.memory_bytes, size(row.memory_bytes or 0)),
             "time of a run": (median(times), duration(median(times))) if times else (None, ""),
         }
@@ -88,8 +92,7 @@ def _chart(found: list[Point], view: str, result: CompareResult) -> go.Figure:
     style(drawing, HEIGHT)
     costs = [point.cost for point in found]
     logarithmic = min(costs) > 0 and max(costs) > 8 * min(costs)
-    tick = {"trained numbers": "~s", "peak memory": "~s", "time of a run": ",~r"}[view]
-    suffix = {"trained numbers": "", "peak memory": "B", "time of a run": " s"}[view]
+    tick, suffix = TICKS[view]
     better = "higher" if result.higher_is_better else "lower"
     drawing.update_layout(
         hovermode="closest",

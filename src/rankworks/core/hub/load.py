@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rankworks.core.errors import ConfigError, DownloadError, UnknownNameError, did_you_mean
+from rankworks.core.hub.byte_level import BYTES, byte_tokenizer
 from rankworks.core.hub.fresh import fresh_config, fresh_model
 from rankworks.core.hub.models import sample_models
 from rankworks.core.hub.quiet import quiet
@@ -36,6 +37,7 @@ def load_model(
     seed: int = 0,
     start: str = "pretrained",
     tokenizer: str | Path | None = None,
+    shape: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Return `(model, tokenizer)`, the model in eval mode.
 
@@ -54,7 +56,8 @@ def load_model(
 
     `start="random"` draws new weights from `seed` in place of reading any, to train a language model from nothing; then
     `name_or_path` may also be a built-in shape such as llama-60m (`rankworks.plan.shape_names()`). `tokenizer` names
-    the model whose tokenizer is taken, which such a shape needs.
+    the model whose tokenizer is taken, or is "bytes" for one that reads byte by byte; such a shape needs it. `shape`
+    replaces settings of the model's configuration, e.g. {"hidden_size": 256, "num_hidden_layers": 6}.
 
     Only safetensors are read, and code that comes with a model is never run. Raises `UnknownNameError`, `ConfigError`
     or `DownloadError`.
@@ -63,9 +66,12 @@ def load_model(
     if cls is None:
         raise ConfigError(f"unknown task '{task}'.{did_you_mean(task, TASKS)}")
     if start == "random":
-        return _fresh(str(name_or_path), tokenizer, dtype, device, task, seed)
+        return _fresh(str(name_or_path), tokenizer, dtype, device, task, seed, shape)
     if start != "pretrained":
         raise ConfigError(f"a model starts 'pretrained' or 'random', not {start!r}.")
+    if shape or tokenizer == BYTES:
+        what = "take another shape" if shape else "learn to read byte by byte"
+        raise ConfigError(f"pretrained weights cannot {what}: give start='random' for new ones.")
     where, local = _resolve(str(name_or_path), task)
     options: dict[str, Any] = {"local_files_only": local or not hub_reachable()}
     with quiet():
@@ -83,13 +89,21 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval(), reader
 
 
-def _fresh(name: str, tokenizer: str | Path | None, dtype: Any, device: Any, task: str, seed: int) -> tuple[Any, Any]:
+def _fresh(
+    name: str,
+    tokenizer: str | Path | None,
+    dtype: Any,
+    device: Any,
+    task: str,
+    seed: int,
+    shape: Mapping[str, Any] | None,
+) -> tuple[Any, Any]:
     """Return a model of new weights with a tokenizer."""
     if task != "causal-lm":
         raise ConfigError(f"only language models start from random weights, not task '{task}'.")
     shaped = find_shape(name) is not None
     if shaped and tokenizer is None:
-        raise ConfigError(f"{name} is a shape without a tokenizer: give one, e.g. tokenizer: smollm2-135m.")
+        raise ConfigError(f"{name} is a shape without a tokenizer: give one, e.g. tokenizer: smollm2-135m, or bytes.")
     if not shaped and "Did you mean" in (hint := did_you_mean(name, shape_names())):
         raise UnknownNameError(f"no model shape is called {name!r}.{hint}")
     where, local = (None, True) if shaped else _resolve(name, task)
@@ -97,7 +111,7 @@ def _fresh(name: str, tokenizer: str | Path | None, dtype: Any, device: Any, tas
     with quiet():
         try:
             reader = _tokenizer(str(where if tokenizer is None else tokenizer), options)
-            config = fresh_config(name, where, options)
+            config = fresh_config(name, where, options, shape)
         except (OSError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -109,7 +123,9 @@ def _fresh(name: str, tokenizer: str | Path | None, dtype: Any, device: Any, tas
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> Any:
-    """Return the tokenizer of a sample model, a folder or a hub id."""
+    """Return the tokenizer of a sample model, a folder or a hub id, or the one of bytes."""
+    if name == BYTES:
+        return byte_tokenizer()
     samples = {sample.name: sample for sample in sample_models()}
     where = str(samples[name].folder()) if name in samples else name
     return AutoTokenizer.from_pretrained(where, **options)
