@@ -10,6 +10,7 @@ from rich.text import Text
 from rankworks.cli.output import Output, command, facts, short, table
 from rankworks.cli.words import title
 from rankworks.core.select import in_words
+from rankworks.train.rate import MeasuredRate
 from rankworks.train.report import interval
 from rankworks.train.report.words import duration, size
 
@@ -38,6 +39,8 @@ def show_result(out: Output, config: RunConfig, result: RunResult, report: Path 
         "speed": f"{result.tokens_per_second:,.0f} tokens/s over {result.steps} steps in {duration(result.seconds)}",
         "peak memory": size(result.peak_memory_bytes),
     }
+    if result.rate is not None:
+        cost["learning rate"] = str(MeasuredRate(**result.rate))
     if result.chosen is not None:
         cost["chosen"] = in_words(result.chosen)
     if result.adapter:

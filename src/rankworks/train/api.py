@@ -5,6 +5,7 @@ What a run leaves in its output folder:
     config.yaml      the configuration, written first: it tells a resumed run from another one
     search.json      what a selection that searches chose, with every score; search/ holds that search
     before.json      the measurement of the base model
+    rate.json        what `lr: auto` measured at the first start; a resumed run keeps it
     metrics.jsonl    one line per step
     checkpoints/     the newest whole checkpoints
     adapter/         the trained adapter; model/ in its place where the whole model was trained
@@ -14,6 +15,7 @@ What a run leaves in its output folder:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,11 +39,13 @@ from rankworks.core.summary import trainable_parameters
 from rankworks.train.batches import Example
 from rankworks.train.calibration import measure_evidence
 from rankworks.train.checkpoint import Checkpoints
-from rankworks.train.config import RunConfig, load_config
+from rankworks.train.config import AUTO, OptimConfig, RunConfig, load_config
 from rankworks.train.loop import Loop
 from rankworks.train.measure import Evaluator, Measured
 from rankworks.train.prepare import Prepared
 from rankworks.train.processes import processes
+from rankworks.train.rate import FILE as RATE
+from rankworks.train.rate import MeasuredRate, measure_rate, read_rate
 from rankworks.train.result import Confusion, RunResult, Shown
 from rankworks.train.search import FOUND, chosen_spec, must_search, search, widest
 from rankworks.train.sources import DataConfig, Task, load_task
@@ -181,11 +185,12 @@ class _Job:
     def run(self, hooks: Sequence[Hook], progress: bool) -> RunResult:
         """Train, measure again, and write what there is to keep."""
         model, config, validator = self.model, self.config, self.validator
+        rate, optim = self._rate(progress)
         loop = Loop(
             model,
             self.examples,
             config.train,
-            config.optim,
+            optim,
             hooks=hooks,
             folder=self.folder,
             evaluate=(lambda: validator.measure(model, quick=True).metrics) if validator is not None else None,
@@ -195,10 +200,11 @@ class _Job:
         if not (self.continued and loop.restore()):
             set_seed(config.train.seed, device_specific=True)
             if self.folder is not None and self.main:
-                _start(self.folder, config, self.before, self.searched)
+                _start(self.folder, config, self.before, self.searched, rate)
         processes().wait_for_everyone()
         loop.run()
         result = _result(model, loop, self.before, self.evaluator.measure(model), self.folder)
+        result.rate = None if rate is None else asdict(rate)
         if self.folder is not None and not result.adapter:
             result.model = str(self.folder / "model")
             if self.main:
@@ -208,6 +214,19 @@ class _Job:
         processes().wait_for_everyone()
         return result
 
+    def _rate(self, progress: bool) -> tuple[MeasuredRate | None, OptimConfig]:
+        """Return what `lr: auto` measured, now or at the first start, and the optimizer's settings with a number."""
+        optim = self.config.optim
+        if optim.lr != AUTO:
+            return None, optim
+        rate = read_rate(self.folder) if self.continued and self.folder is not None else None
+        if rate is None:
+            show, pad = progress and self.main, self.prepared.pad
+            rate = measure_rate(self.model, self.examples, self.config.train, pad=pad, progress=show)
+        if progress and self.main:
+            print(f"learning rate {rate}", file=sys.stderr, flush=True)
+        return rate, optim.model_copy(update={"lr": rate.lr})
+
     def _read_before(self) -> Measured:
         assert self.folder is not None
         values = json.loads((self.folder / "before.json").read_text(encoding="utf-8"))
@@ -216,11 +235,13 @@ class _Job:
         return Measured(values["metrics"], answers, Confusion(**confusion) if confusion else None)
 
 
-def _start(folder: Path, config: RunConfig, before: Measured, searched: bool) -> None:
+def _start(folder: Path, config: RunConfig, before: Measured, searched: bool, rate: MeasuredRate | None = None) -> None:
     """Make the output folder a new run's: earlier checkpoints and metrics go, the adapter stays till the end."""
     Checkpoints(folder / "checkpoints").clear()
-    for name in ("result.json", "metrics.jsonl", *([] if searched else [FOUND])):
+    for name in ("result.json", "metrics.jsonl", RATE, *([] if searched else [FOUND])):
         (folder / name).unlink(missing_ok=True)
+    if rate is not None:
+        atomic_write(folder / RATE, rate.to_json())
     atomic_write(folder / "before.json", json.dumps(asdict(before)))
     record(config, folder / "config.yaml")
 

@@ -55,11 +55,20 @@ class ModelConfig(Config):
         return self
 
 
+AUTO = "auto"
+"""A learning rate that is measured at the start of the run; see train/rate.py."""
+
+CALIBRATED = ("adamw", "adam")
+"""Optimizers for which the measured rate was held against sweeps."""
+
+
 class OptimConfig(Config):
     """The optimizer and its schedule."""
 
     name: str = Field(default="adamw", description="a registered optimizer")
-    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    lr: float | Literal["auto"] = Field(
+        default=2e-4, description="peak learning rate; auto: measured at the start, see docs/auto-rate.md"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="how the rate falls after the warmup"
     )
@@ -74,6 +83,14 @@ class OptimConfig(Config):
     options: dict[str, Any] = Field(
         default_factory=dict, description="the optimizer's own settings, which may also be written beside its name"
     )
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        """Refuse in one sentence: a choice of types would be refused in one for each."""
+        if value == AUTO or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+            return value
+        raise ValueError("a learning rate is a number above 0, or auto")
 
     @field_validator("name")
     @classmethod
@@ -102,11 +119,29 @@ class OptimConfig(Config):
             build("optimizer", self.name, **self.settings())
         except RankworksError as error:
             raise ValueError(str(error)) from None
+        if self.lr == AUTO:
+            refuse_auto(self.name)
         return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a number. Raises `ConfigError` where it is yet to be measured."""
+        if self.lr == AUTO:
+            raise ConfigError("lr: auto is measured by a run or a comparison: give a number here, e.g. 2e-4.")
+        return float(self.lr)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings for `make_optimizer` besides name and lr."""
         return {"weight_decay": self.weight_decay, **self.options}
+
+
+def refuse_auto(optimizer: str) -> None:
+    """Raise `ValueError` where `lr: auto` was not calibrated for an optimizer, naming what to do instead."""
+    if optimizer not in CALIBRATED:
+        raise ValueError(
+            f"lr: auto holds for {' and '.join(CALIBRATED)}, for which it was calibrated, not for {optimizer}: give "
+            f"lr a number, or find it by `rankworks compare` with an entry {{optimizer: {optimizer}}} in methods."
+        )
 
 
 class TrainConfig(Config):

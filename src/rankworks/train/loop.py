@@ -107,7 +107,7 @@ class Loop:
         self.steps = train.total_steps(len(examples))
         self.collator = Collator(pad, packs(model, examples, train))
         own = method_hooks(model)  # first: one may thaw what an earlier run left frozen, which is then trained
-        self.optimizer = make_optimizer(model, optim.name, optim.lr, **optim.settings())
+        self.optimizer = make_optimizer(model, optim.name, optim.rate, **optim.settings())
         self.hooks = [*own, *optimizer_hooks(self.optimizer), *hooks]
         self.layerwise = Layerwise(self.optimizer, optim.name, self.hooks, self.world) if optim.layerwise else None
         if train.gradient_checkpointing:

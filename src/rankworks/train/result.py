@@ -30,6 +30,7 @@ class Confusion:
 class RunResult:
     """The result of a run.
 
+    rate: what `lr: auto` measured and took (a `train.rate.MeasuredRate`), None where the rate was given.
     before, after: metrics on the evaluation data ("accuracy" for classification; "exact_match", "loss", "perplexity"
     for completions; "loss", "perplexity" for text). losses: mean training loss of every step. tokens_per_second counts
     tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
@@ -53,6 +54,7 @@ class RunResult:
     confusion: Confusion | None = None
     output: str | None = None
     chosen: list[str] | None = None
+    rate: dict[str, Any] | None = None
     model: str | None = None
     model_bytes: int = 0
     optimizer_bytes: int = 0

@@ -32,7 +32,7 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites
 from rankworks.train.batches import Example
 from rankworks.train.checkpoint import Checkpoints
-from rankworks.train.config import RunConfig, TrainConfig
+from rankworks.train.config import AUTO, RunConfig, TrainConfig
 from rankworks.train.loop import Loop
 from rankworks.train.objective import Objective
 from rankworks.train.processes import processes
@@ -93,6 +93,7 @@ def search(
     units = _units(model, spec)
     selection = _selection(spec)
     _refuse(model, spec, units)
+    search_rate(config)
     folder = Path(config.output) if config.output else None
     if folder is not None and _begun(folder, config, resume):
         found = _read(folder)
@@ -161,7 +162,7 @@ def _loop(
     steps = settings.steps or train.total_steps(len(rest))
     plain = {"steps": steps, "epochs": None, "compile": False, "eval_every": None, "tensorboard": False}
     train = TrainConfig(**{**train.model_dump(), **plain})
-    optim = config.optim.model_copy(update={"lr": settings.lr or config.optim.lr})
+    optim = config.optim.model_copy(update={"lr": search_rate(config)})
     deep = relaxed.selection.depth > 0
     chunk = train.loss_chunk_mib * 2**20
     objective = WholeObjective(model, train.precision) if deep else Objective(model, chunk, train.precision)
@@ -188,6 +189,16 @@ def _loop(
     )
     hook.batches = lambda examples: loop.collator.micro_batches(examples)
     return loop
+
+
+def search_rate(config: RunConfig) -> float:
+    """Return the rate of the search's adapter. Raises `ConfigError` where it is left to a rate not yet measured."""
+    if config.search.lr is None and config.optim.lr == AUTO:
+        raise ConfigError(
+            "optim.lr: auto is measured on the adapter that the search chooses, so the search itself needs a number: "
+            "give search.lr, e.g. 2e-4."
+        )
+    return config.search.lr or config.optim.rate
 
 
 def _begun(folder: Path, config: RunConfig, resume: bool) -> bool:
