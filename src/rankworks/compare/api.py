@@ -238,7 +238,7 @@ class _Comparison:
     def _write_recipe(self, standing: Standing) -> None:
         """Write the run that the reruns of an arm are, as a file for `rankworks train`."""
         top = standing.best
-        if top is None:
+        if top is None or top.lr is None:
             return
         path = self.files[standing.arm.label](self.output)
         recipe = self.bench.recipe(standing.arm, top.lr, top.settings, self.config.seeds[0], standing.steps)

@@ -19,7 +19,7 @@ from rankworks.core.config import read
 from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError, did_you_mean
 from rankworks.core.registry import TAGS, Method, MethodSpec, get, methods
 from rankworks.core.spec import AdaptSpec
-from rankworks.train.config import OptimConfig
+from rankworks.train.config import AUTO, CALIBRATED, OptimConfig
 
 AXES = {"deltas": "delta", "inits": "init", "ranks": "rank", "selections": "selection", "optimizers": "optimizer"}
 """What an axis is called in `methods`, in the order in which `all` goes through them."""
@@ -173,6 +173,8 @@ def _arm(config: CompareConfig, method: Method, settings: dict[str, Any], number
     )
     if arm.adapt is not None:
         AdaptSpec.from_flat(arm.adapt, where)
+    if arm.tune.lr == AUTO:
+        _check_auto(arm, where)
     for path in arm.tune.also:
         _check_path(arm, path, where)
     if left_out:
@@ -204,6 +206,16 @@ def _optim(shared: OptimConfig, optimizer: Any) -> dict[str, Any]:
     block = {k: v for k, v in block.items() if not (other and k == "options")} | given
     OptimConfig(**block)
     return block
+
+
+def _check_auto(arm: Arm, where: str) -> None:
+    """Raise where the rate would be measured for an optimizer that no rule was calibrated for."""
+    name = OptimConfig(**arm.optim).name
+    if name not in CALIBRATED:
+        raise ConfigError(
+            f"{where}: tune.lr: auto holds for {' and '.join(CALIBRATED)}, for which it was calibrated, not for "
+            f"{name}: give this entry a range of its own, tune: {{lr: {{low: 1.0e-4, high: 3.2e-2}}}}."
+        )
 
 
 def _check_path(arm: Arm, path: str, where: str) -> None:

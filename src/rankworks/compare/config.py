@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rankworks.core.config import Config, read
-from rankworks.train.config import RunConfig, read_values
+from rankworks.train.config import AUTO, RunConfig, read_values
 
 HALF_DECADE = math.sqrt(10)
 
@@ -51,9 +51,10 @@ Choices = Range | list[Any]
 class TuneConfig(Config):
     """What is tuned for every arm: the learning rate always, other settings on request."""
 
-    lr: Range | list[float] | float = Field(
+    lr: Range | list[float] | float | Literal["auto"] = Field(
         default_factory=lambda: Range(low=1e-4, high=3.2e-2),
-        description="learning rates: a range, searched first in half decades; a list to try; or one for all",
+        description="learning rates: a range, searched first in half decades; a list to try; one for all; or auto: "
+        "each arm's measured at its start, in one trial (see docs/auto-rate.md)",
     )
     also: dict[str, Choices] = Field(
         default_factory=dict, description="further settings: {adapt.alpha: [8, 32], optim.warmup: {low: 0.01, high: 1}}"
@@ -71,6 +72,8 @@ class TuneConfig(Config):
     @field_validator("lr")
     @classmethod
     def _positive(cls, value: Any) -> Any:
+        if value == AUTO:
+            return value
         rates = [value.low] if isinstance(value, Range) else value if isinstance(value, list) else [value]
         if not rates or min(rates) <= 0:
             raise ValueError("a learning rate is above 0, and at least one is needed")

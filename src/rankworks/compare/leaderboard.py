@@ -13,6 +13,8 @@ from rankworks.compare.result import ArmResult, RerunResult, Row
 from rankworks.compare.session import Standing
 from rankworks.compare.statistics import DRAWS, METHOD, Estimate, Resampler, better, holm, ranks
 from rankworks.compare.trial import COMPLETE, DIVERGED, PRUNED
+from rankworks.train.config import AUTO
+from rankworks.train.rate import MeasuredRate
 from rankworks.train.report import interval
 
 SHARES = ("accuracy", "exact_match")
@@ -163,12 +165,21 @@ def arm_result(state: Standing, cost: Cost, recipe: str | None, command: str) ->
         adapter_parameters=cost.adapter,
         planned_bytes=cost.peak_bytes,
         planned_flops=cost.flops,
-        searched=(plan.low, plan.high) if plan is not None else None,
+        searched=(plan.low, plan.high) if plan is not None and arm.tune.lr != AUTO else None,
         best=top.slot if top is not None else None,
-        notes=[*arm.notes, *edge_notes(state)],
+        notes=[*arm.notes, *rate_notes(state), *edge_notes(state)],
         trials=[state.trials[p.name] for p in (plan.proposals if plan else []) if p.name in state.trials],
         reruns=list(state.reruns.values()),
     )
+
+
+def rate_notes(state: Standing) -> list[str]:
+    """Return how the best trial's rate was measured, and what that cost beside the trial."""
+    top = state.best
+    if top is None or top.rate is None:
+        return []
+    rate = MeasuredRate(**top.rate)
+    return [f"learning rate {rate} beside the {top.steps} of its one trial; no rate was searched"]
 
 
 def edge_notes(state: Standing) -> list[str]:

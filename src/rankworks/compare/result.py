@@ -70,6 +70,7 @@ class Row:
 class TrialResult:
     """One tuning run of an arm.
 
+    lr: None where it was to be measured and that failed; rate: what `lr: auto` measured (a `train.rate.MeasuredRate`).
     slot: its name within the arm ("trial 3", "wider 1"). settings: what was varied besides the learning rate.
     outcome: "complete", "pruned", "diverged", "out of memory" or "failed". value: what was minimised (the validation
     loss, or minus the validation score); where the trial was pruned, the last one seen. losses, valid: pairs
@@ -78,7 +79,7 @@ class TrialResult:
 
     slot: str
     number: int
-    lr: float
+    lr: float | None
     settings: dict[str, Any]
     outcome: str
     reason: str | None
@@ -87,6 +88,7 @@ class TrialResult:
     seconds: float
     losses: list[tuple[int, float]] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
+    rate: dict[str, Any] | None = None
 
 
 @dataclass
@@ -140,7 +142,7 @@ class ArmResult:
     adapter_parameters: int
     planned_bytes: int
     planned_flops: float
-    searched: tuple[float, float] | None
+    searched: tuple[float, float] | None  # None where the rate was measured
     best: str | None
     notes: list[str]
     trials: list[TrialResult]

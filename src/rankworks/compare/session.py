@@ -20,6 +20,7 @@ from rankworks.compare.study import Cell, Ledger
 from rankworks.compare.trial import DIVERGED, FAILED, MEMORY, PRUNED, Bench, Outcome, PrunedError, blame
 from rankworks.compare.tune import AGAIN, Agenda, Seen, agenda, best, count_of, distributions, given, pruner, sampler
 from rankworks.core.errors import ConfigError
+from rankworks.train.config import AUTO, Auto
 
 WAIT = 1.0
 """Seconds between two looks at what other processes do."""
@@ -134,19 +135,19 @@ class Session:
             return False
         with claim:
             drawn = {path: draw(claim.trial, path, d) for path, d in distributions(arm.tune, proposal).items()}
-            lr = float(f"{drawn.pop('lr'):.3g}")
+            lr: float | Auto = float(f"{drawn.pop('lr'):.3g}") if arm.tune.lr != AUTO else AUTO
 
             def look(step: int, value: float) -> None:
                 claim.trial.report(value, step)
                 if claim.trial.should_prune():
                     raise PrunedError
 
-            self.board.cell(arm.label, name, lr, steps)
+            self.board.cell(arm.label, name, None if lr == AUTO else lr, steps)
             outcome = self._run(arm, lr, drawn, config.train.seed, steps, look=look)
             made = TrialResult(
                 slot=name,
                 number=claim.trial.number,
-                lr=lr,
+                lr=lr if lr != AUTO else outcome.rate.lr if outcome.rate is not None else None,
                 settings=drawn,
                 outcome=outcome.outcome,
                 reason=outcome.reason,
@@ -155,6 +156,7 @@ class Session:
                 seconds=outcome.seconds,
                 losses=outcome.losses,
                 valid=outcome.valid,
+                rate=None if outcome.rate is None else asdict(outcome.rate),
             )
             claim.finish(plain(asdict(made)), made.value, outcome.outcome == PRUNED)
         self.board.did(steps, outcome.seconds)
@@ -166,6 +168,7 @@ class Session:
             return False
         top, steps, seed = standing.best, standing.steps, int(name.rpartition(" ")[2])
         assert top is not None
+        assert top.lr is not None  # a trial that came to its end had a rate
         with claim:
             self.board.cell(arm.label, f"seed {seed}", top.lr, steps)
             outcome = self._run(arm, top.lr, top.settings, seed, steps, test=True)
@@ -193,7 +196,9 @@ class Session:
         self.board.did(steps, outcome.seconds)
         return True
 
-    def _run(self, arm: Arm, lr: float, settings: Mapping[str, Any], seed: int, steps: int, **options: Any) -> Outcome:
+    def _run(
+        self, arm: Arm, lr: float | Auto, settings: Mapping[str, Any], seed: int, steps: int, **options: Any
+    ) -> Outcome:
         try:
             recipe = self.bench.recipe(arm, lr, settings, seed, steps)
         except ConfigError as error:  # a drawn setting that does not go with the others

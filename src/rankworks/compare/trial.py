@@ -32,9 +32,10 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.core.summary import trainable_parameters
 from rankworks.train.api import HEADS
 from rankworks.train.calibration import measure_evidence
-from rankworks.train.config import RunConfig
+from rankworks.train.config import AUTO, Auto, RunConfig
 from rankworks.train.loop import History, Loop
 from rankworks.train.prepare import Prepared
+from rankworks.train.rate import MeasuredRate, measure_rate
 from rankworks.train.search import chosen_spec, must_search, search, widest
 from rankworks.train.sources import Task
 from rankworks.train.sources.split import choose
@@ -59,6 +60,7 @@ class Outcome:
     scored: Scored | None = None
     steps: int = 0
     seconds: float = 0.0
+    rate: MeasuredRate | None = None  # where it was to be measured
     step_seconds: float | None = None
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
@@ -90,7 +92,7 @@ class Bench:
         self.heads = [n for n, _ in model.named_children() if n in HEADS] if classifies else []
         self._evidence: tuple[Any, Evidence | None] | None = None
 
-    def recipe(self, arm: Arm, lr: float, settings: Mapping[str, Any], seed: int, steps: int) -> RunConfig:
+    def recipe(self, arm: Arm, lr: float | Auto, settings: Mapping[str, Any], seed: int, steps: int) -> RunConfig:
         """Return the configuration of a run of an arm."""
         blocks: dict[str, dict[str, Any]] = {"adapt": {}, "optim": {}, "train": {}}
         for path, value in settings.items():
@@ -211,14 +213,18 @@ class Bench:
                 look(loop.step, value)
             return {"value": value}
 
+        optim, pad = recipe.optim, self.prepared.pad
+        if optim.lr == AUTO:
+            outcome.rate = measure_rate(model, self.examples, recipe.train, pad=pad, progress=False)
+            optim = optim.model_copy(update={"lr": outcome.rate.lr})
         settings = recipe.train.model_copy(update={"eval_every": rung(steps), "save_every": None})
         loop = Loop(
             model,
             self.examples,
             settings,
-            recipe.optim,
+            optim,
             evaluate=evaluate,
-            pad=self.prepared.pad,
+            pad=pad,
             progress=False,
             hooks=[] if tick is None else [Ticks(tick)],
         )

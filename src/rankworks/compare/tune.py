@@ -2,8 +2,9 @@
 
 The first trials are a grid in half decades, from the middle outwards; where there are more trials than points, Optuna's
 TPE sampler places the rest, and where there are fewer, they are spread over the range. When all are done and the best
-learning rate lies on an edge, a decade beyond it is tried in two more trials, `tune.widen` times at most. What is to be
-done is a function of what is finished, so every process that shares a study comes to the same cells.
+learning rate lies on an edge, a decade beyond it is tried in two more trials, `tune.widen` times at most. With `lr:
+auto` every trial measures its rate at its start (train/rate.py), so one is enough where nothing else is tuned. What is
+to be done is a function of what is finished, so every process that shares a study comes to the same cells.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from rankworks.compare.config import HALF_DECADE, Range, TuneConfig
+from rankworks.train.config import AUTO
 
 EDGE = 10**0.1
 """A rate within this factor of an end of the range is on the edge."""
@@ -26,10 +28,15 @@ EDGE = 10**0.1
 AGAIN = "again"
 """A trial of this name is not pruned."""
 
+FIRST = "trial 0"
+"""Every arm has a trial of this name."""
+
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to be made. lr: its learning rate, None where the sampler chooses; low, high: the range at its time."""
+    """A trial to be made. lr: its learning rate, None where the sampler chooses it or the trial measures it; low, high:
+    the range at its time.
+    """
 
     name: str
     lr: float | None
@@ -39,9 +46,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Seen:
-    """A finished trial: its learning rate, what was minimised (None: it diverged), and whether it ended early."""
+    """A finished trial: its learning rate (None: it was to be measured, and that failed), what was minimised (None: it
+    diverged), and whether it ended early.
+    """
 
-    lr: float
+    lr: float | None
     value: float | None
     pruned: bool = False
 
@@ -64,12 +73,16 @@ def bounds(tune: TuneConfig) -> tuple[float, float]:
     """Return the range of learning rates before it is widened."""
     if isinstance(tune.lr, Range):
         return tune.lr.low, tune.lr.high
+    if tune.lr == AUTO:
+        return 0.0, math.inf
     rates = tune.lr if isinstance(tune.lr, list) else [tune.lr]
     return min(rates), max(rates)
 
 
 def grid(tune: TuneConfig, trials: int) -> list[float]:
     """Return the learning rates of the first trials, at most `trials`, in the order in which they are made."""
+    if tune.lr == AUTO:
+        return []
     if isinstance(tune.lr, Range):
         count = 1 + math.floor(2 * math.log10(tune.lr.high / tune.lr.low) + 0.05)
         points = [rounded(tune.lr.low * HALF_DECADE**k) for k in range(count)]
@@ -86,7 +99,8 @@ def grid(tune: TuneConfig, trials: int) -> list[float]:
 
 def count_of(tune: TuneConfig, trials: int) -> int:
     """Return how many trials an arm gets before widening: one where nothing is left to choose."""
-    single = not isinstance(tune.lr, Range) and len(grid(tune, trials)) == 1 and bounds(tune)[0] == bounds(tune)[1]
+    one = not isinstance(tune.lr, Range) and len(grid(tune, trials)) == 1 and bounds(tune)[0] == bounds(tune)[1]
+    single = one or tune.lr == AUTO
     return 1 if single and not tune.also else trials
 
 
@@ -121,7 +135,7 @@ def agenda(tune: TuneConfig, trials: int, seen: Mapping[str, Seen]) -> Agenda:
 def edge_of(seen: Sequence[Seen], low: float, high: float) -> str | None:
     """Return on which edge of the range the best rate lies; the lower one where every trial diverged."""
     top = best(seen)
-    if top is None:
+    if top is None or top.lr is None:
         return "low"
     if low == high:
         return None
@@ -143,15 +157,16 @@ def rounded(value: float) -> float:
 
 def distributions(tune: TuneConfig, proposal: Proposal) -> dict[str, BaseDistribution]:
     """Return what Optuna draws from: `lr`, and other settings by their dotted path."""
-    high = max(proposal.high, proposal.lr or 0.0)
-    lr = FloatDistribution(min(proposal.low, proposal.lr or high), high, log=True)
     others: dict[str, BaseDistribution] = {
         path: CategoricalDistribution(choices)
         if isinstance(choices, list)
         else FloatDistribution(choices.low, choices.high, log=choices.log)
         for path, choices in tune.also.items()
     }
-    return {"lr": lr, **others}
+    if tune.lr == AUTO:
+        return others
+    high = max(proposal.high, proposal.lr or 0.0)
+    return {"lr": FloatDistribution(min(proposal.low, proposal.lr or high), high, log=True), **others}
 
 
 def given(tune: TuneConfig, proposal: Proposal) -> dict[str, Any]:
@@ -159,10 +174,11 @@ def given(tune: TuneConfig, proposal: Proposal) -> dict[str, Any]:
 
     A widened range is searched at the settings of the best trial, which the caller adds.
     """
-    if proposal.lr is None:
+    measured = tune.lr == AUTO
+    if proposal.lr is None and not (measured and proposal.name == FIRST):
         return {}
     firsts = {path: c[0] if isinstance(c, list) else c.middle for path, c in tune.also.items()}
-    return {"lr": proposal.lr, **firsts}
+    return firsts if measured else {"lr": proposal.lr, **firsts}
 
 
 def sampler(label: str, name: str, trials: int, seed: int) -> optuna.samplers.BaseSampler:

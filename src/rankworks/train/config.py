@@ -55,7 +55,8 @@ class ModelConfig(Config):
         return self
 
 
-AUTO = "auto"
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 """A learning rate that is measured at the start of the run; see train/rate.py."""
 
 CALIBRATED = ("adamw", "adam")
@@ -66,7 +67,7 @@ class OptimConfig(Config):
     """The optimizer and its schedule."""
 
     name: str = Field(default="adamw", description="a registered optimizer")
-    lr: float | Literal["auto"] = Field(
+    lr: float | Auto = Field(
         default=2e-4, description="peak learning rate; auto: measured at the start, see docs/auto-rate.md"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(

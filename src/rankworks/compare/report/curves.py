@@ -49,7 +49,7 @@ def ordered(result: CompareResult) -> list[ArmResult]:
 
 def rate_chart(result: CompareResult) -> go.Figure | None:
     """What every trial reached over its learning rate; trials that were stopped and those that broke stand out."""
-    arms, tuned = [arm for arm in ordered(result) if arm.trials], Tuned(result)
+    arms, tuned = [arm for arm in ordered(result) if any(t.lr for t in arm.trials)], Tuned(result)
     if not arms:
         return None
     drawing = go.Figure()
@@ -63,7 +63,7 @@ def rate_chart(result: CompareResult) -> go.Figure | None:
     style(drawing, HEIGHT)
     broken = any(t.value is None for arm in arms for t in arm.trials)
     values = [t.value for arm in arms for t in arm.trials if t.value is not None]
-    rates = [t.lr for arm in arms for t in arm.trials]
+    rates = [t.lr for arm in arms for t in arm.trials if t.lr is not None]
     marks = ticks(min(rates), max(rates))
     captions = [caption(tuned.title, 0.78 if broken else 1)]
     drawing.update_layout(
@@ -114,7 +114,7 @@ def _lowest(trials: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the best trial of every learning rate, by rising rate: other settings may have been tuned too."""
     best: dict[float, TrialResult] = {}
     for trial in sorted(trials, key=lambda t: float(t.value or 0), reverse=True):
-        best[trial.lr] = trial
+        best[float(trial.lr or 0)] = trial
     return [best[lr] for lr in sorted(best)]
 
 
@@ -162,7 +162,7 @@ def trial_chart(result: CompareResult) -> go.Figure | None:
         return None
     drawing = go.Figure()
     for i, arm in enumerate(arms):
-        trials = sorted(arm.trials, key=lambda t: (t.lr, t.number))
+        trials = sorted(arm.trials, key=lambda t: (t.lr or 0, t.number))
         shades = [0.85 * k / max(1, len(trials) - 1) for k in range(len(trials))]
         colours = [str(colour) for colour in sample_colorscale("Viridis", shades)]
         for trial, colour in zip(trials, colours, strict=True):
@@ -184,7 +184,7 @@ def _course(drawing: go.Figure, arm: ArmResult, trial: TrialResult, colour: str,
         x=[step for step, _ in curve] or [None],
         y=tuned.shown([y for _, y in curve]) or [None],
         mode="lines+markers",
-        name=f"{trial.lr:.3g} {'best' if best else '' if whole else trial.outcome}".strip(),
+        name=f"{trial.lr or 0:.3g} {'best' if best else '' if whole else trial.outcome}".strip(),
         line={"color": colour, "width": 3.5 if best else 2, "dash": "solid" if whole else "dot"},
         marker={"color": colour, "size": marks, "symbol": "circle" if whole else "x-thin-open", "line": {"width": 2}},
         meta={"arm": arm.label, "part": "course"},
