@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -188,5 +189,29 @@ def test_a_storage_that_cannot_be_opened(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"postgresql://me:\*\*\*@nowhere/db cannot be opened"):
         Ledger("postgresql://me:secret@nowhere/db", "compare")
     (tmp_path / "study.db").write_text("this is no database, but it is long enough to be read as the head of one")
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    (tmp_path / "file").write_text("no folder")
+    for url in (
+        f"sqlite:///{tmp_path / 'study.db'}",
+        f"sqlite:///{tmp_path / 'file' / 'study.db'}",
+        f"sqlite:///{tmp_path}",
+        "postgresql://me@nowhere:port/db",
+        "nosuch://x",
+        "",
+    ):
+        with pytest.raises(ConfigError, match="cannot be opened"):
+            Ledger(url, "compare")
+
+
+def test_a_storage_of_another_version_of_optuna(tmp_path: Path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    Ledger(url, "compare")
+    with sqlite3.connect(tmp_path / "study.db") as data:
+        data.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    with pytest.raises(ConfigError, match="optuna storage upgrade"):
+        Ledger(url, "compare")
+
+
+def test_a_fault_of_the_opening_is_none_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rankworks.compare.study.RDBStorage", lambda *_, **__: None.missing)  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
         Ledger(f"sqlite:///{tmp_path / 'study.db'}", "compare")

@@ -49,6 +49,34 @@ def test_what_is_not_data_is_refused():
         flatten({"a": lambda: None}, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("part.safetensors", None),
+        ("part.safetensors", b"\x08"),
+        ("part.json", b'{"dict": [["a", '),
+        ("part.json", b"\xff\xfe\x00"),
+        ("part.json", b'{"dict": [["a", {"tensor": "/other"}]]}'),
+        ("part.json", b'{"neither": 1}'),
+        ("part.json", b'{"dict": 3}'),
+    ],
+)
+def test_a_broken_part_is_said_to_be_broken(tmp_path: Path, name: str, content: bytes | None):
+    write_tree(tmp_path, "part", {"a": torch.zeros(3)})
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=r"part is not a readable part of a checkpoint .*use an earlier one"):
+        read_tree(tmp_path, "part")
+
+
+def test_a_fault_of_the_reader_is_none_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_tree(tmp_path, "part", {"a": torch.zeros(3)})
+    monkeypatch.setattr("rankworks.train.tensors.unflatten", lambda *_: None.missing)  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        read_tree(tmp_path, "part")
+
+
 class StopError(Exception):
     """What ends a run in the middle."""
 

@@ -29,6 +29,7 @@ import psutil
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from rankworks.core.errors import ConfigError
 from rankworks.core.version import __version__
@@ -41,6 +42,11 @@ BEAT = 10.0
 
 GRACE = 90.0
 """Seconds without one after which a cell of another machine is given up."""
+
+UNOPENED = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError, ValueError)
+"""What a storage that cannot be opened raises: SQLAlchemy, which wraps every driver's errors; Optuna, with RuntimeError
+for another version's tables; ImportError for a missing driver; OSError for the folder or lock of a file; ValueError for
+a port that is no number."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 OWN, CELL, WORKER, BEATS, RECORD, TOKEN = "rankworks", "cell", "worker", "beat", "record", "token"
@@ -245,12 +251,13 @@ def _open(url: str) -> RDBStorage:
     file = sqlite_file(url)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         options = {"connect_args": {"timeout": 120}}  # seconds that a writer waits for another one
     try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock") if file is not None else contextlib.nullcontext():
             return RDBStorage(url, engine_kwargs=options)
-    except Exception as error:  # drivers have errors of their own, and each its message
+    except UNOPENED as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"the storage {shown(url)} cannot be opened ({type(error).__name__}: {text}): give an Optuna storage URL "

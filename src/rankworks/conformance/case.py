@@ -321,6 +321,6 @@ def refused(action: Callable[[], Any], kind: type[RankworksError]) -> tuple[bool
         action()
     except kind as error:
         return True, str(error)
-    except Exception as error:
+    except Exception as error:  # anything else is what the check has to tell of
         return False, f"{type(error).__name__}: {error}"
     return False, "no error"

@@ -146,7 +146,7 @@ def run_check(one: Check, method: Method) -> Row:
             failure = str(error)
         except RankworksError as error:
             failure = f"[{case}] was refused: {error}"
-        except Exception as error:
+        except Exception as error:  # a broken method may raise anything, and the other checks still tell something
             failure = f"[{case}] raised {type(error).__name__}: {error}"
         if failure:
             return Row(one.name, "fail", time.perf_counter() - begun, " ".join(failure.split()))

@@ -55,7 +55,7 @@ def _import_file(path: Path) -> ModuleType:
     except ConfigError:
         sys.modules.pop(name, None)
         raise
-    except Exception as error:
+    except Exception as error:  # it is the user's code that runs here
         sys.modules.pop(name, None)
         raise ConfigError(f"{path} could not be imported: {type(error).__name__}: {error}.") from error
     return module

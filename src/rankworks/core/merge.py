@@ -47,7 +47,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Modu
         for name in chosen:
             _fold_full(model, state, name)
         _fuse(model, state, chosen)
-    except BaseException:
+    except BaseException:  # also where somebody stops it: half merged is no state to leave a model in
         unmerge(model)
         raise
     state.refresh()

@@ -102,7 +102,7 @@ class State(nn.Module):
         known = set(self.banks)
         try:
             yield
-        except BaseException:
+        except BaseException:  # also where somebody stops it
             for key in set(self.banks) - known:
                 del self.banks[key]
             raise

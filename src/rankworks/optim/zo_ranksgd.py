@@ -180,7 +180,7 @@ class RankSGD(torch.optim.Optimizer):
             group["rounds"] += 1
         try:
             chosen = self._search(judge)
-        except BaseException:
+        except BaseException:  # also where somebody stops it: the weights stand at a candidate, which is none of theirs
             self._place(lambda parameter, name, group: None)
             for group in self.param_groups:
                 group["rounds"] -= 1

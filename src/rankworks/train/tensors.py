@@ -12,12 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from rankworks.core.errors import TrainingError
 from rankworks.core.files import atomic_write
+
+BROKEN = (OSError, SafetensorError, ValueError, LookupError, TypeError)
+"""What reading a broken part raises: files that are not there; tensors cut short; text that is no JSON (ValueError);
+structure that names other tensors than there are (LookupError), or none of the forms it can have (TypeError)."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -71,7 +76,7 @@ def read_tree(folder: Path, name: str) -> Any:
         tensors = load_file(folder / f"{name}.safetensors")
         structure = json.loads((folder / f"{name}.json").read_text())
         return unflatten(structure, tensors)
-    except Exception as error:  # safetensors raises its own type for a truncated file
+    except BROKEN as error:
         raise TrainingError(
             f"{folder / name} is not a readable part of a checkpoint ({error}); use an earlier one."
         ) from error

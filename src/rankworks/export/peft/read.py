@@ -40,13 +40,8 @@ def read_peft(model: nn.Module, path: Path, name: str, check_base: bool = True) 
 def build_adapter(model: nn.Module, state: State, path: Path, name: str, check_base: bool) -> Adapter:
     """Return a folder's adapter, built off the model; on an error `state` is as it was."""
     folder = open_folder(path)
-    known = set(state.banks)
-    try:
+    with state.trial():
         return _build(model, state, folder, name, check_base)
-    except BaseException:
-        for key in set(state.banks) - known:
-            del state.banks[key]
-        raise
 
 
 def _build(model: nn.Module, state: State, folder: PeftFolder, name: str, check_base: bool) -> Adapter:
