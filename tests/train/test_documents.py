@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import rankworks as rw
 from rankworks.train.batches import Batch, Collator, Example
-from rankworks.train.documents import NAME, by_document
+from rankworks.train.documents import NAME, SHORT, by_document, document_attention
 from rankworks.train.loop import Loop
 from rankworks.train.loss import IGNORE
 from rankworks.train.objective import Objective
@@ -131,3 +131,23 @@ def test_a_batch_in_one_row_is_refused_outside_the_block() -> None:
     _, packed, _ = batches(model)
     with pytest.raises(RuntimeError, match="within `by_document`"):
         Objective(model).loss(packed)
+
+
+def test_short_documents_in_bfloat16_attend_in_float32_on_a_cpu() -> None:
+    """What autocast would round goes through attention as it is, and comes out in autocast's type."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 4, generator=generator, requires_grad=True) for _ in range(3))
+    exact, _ = document_attention(torch.nn.Module(), q, k, v, None, documents=[4, 5])
+    wanted = torch.autograd.grad(exact.square().sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = document_attention(torch.nn.Module(), q, k, v, None, documents=[4, 5])
+        long = [SHORT + 1]
+        q_long = torch.randn(1, 2, SHORT + 1, 4, generator=generator, requires_grad=True)
+        assert (
+            document_attention(torch.nn.Module(), q_long, q_long, q_long, None, documents=long)[0].dtype
+            == rounded.dtype
+        )
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded, exact.bfloat16(), atol=0, rtol=0)
+    for one, other in zip(torch.autograd.grad(rounded.float().square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)

@@ -23,9 +23,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rankworks.core.kernels.mode import compute_dtype, no_autocast
 from rankworks.train.packing import packed_as_alone
 
 NAME = "rankworks_documents"
+
+SHORT = 192
+"""Tokens up to which torch's backward pass of attention on a CPU is faster in float32 than in bfloat16: 0.6 against
+1.6 ms at 62 tokens, 1.5 against 3.2 at 128, 4.9 against 4.6 at 256 (9 heads of 64, one thread)."""
 
 
 @torch.compiler.disable
@@ -40,6 +45,13 @@ def document_attention(
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     window = settings.get("sliding_window")
+    kind = compute_dtype(query)  # which may be autocast's
+    if kind == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and max(documents) <= SHORT:
+        with no_autocast(query):
+            out, _ = document_attention(
+                module, query.float(), key.float(), value.float(), None, documents=documents, **settings
+            )
+        return out.to(kind), None
     parts = []
     for q, k, v in zip(query.split(documents, 2), key.split(documents, 2), value.split(documents, 2), strict=True):
         near = None if window is None or q.shape[2] <= window else _within(q.shape[2], window, q.device)
