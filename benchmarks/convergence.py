@@ -28,7 +28,7 @@ DIVERGED = 1e9
 
 TASKS: dict[str, dict[str, Any]] = {
     "bbc": {"data": {"name": "bbc-news", "max_length": 64}},
-    "stdlib": {"data": {"name": "python-stdlib", "max_length": 96}},
+    "stdlib": {"data": {"name": "python-stdlib", "max_length": 64}},
 }
 
 
@@ -37,9 +37,9 @@ class Setting:
     """What all cells of a benchmark have in common."""
 
     steps: int = 24
-    batch: int = 4
-    every: int = 4  # steps between measurements of the held-out loss
-    held_out: int = 24  # examples
+    batch: int = 8
+    every: int = 6  # steps between measurements of the held-out loss
+    held_out: int = 32  # examples
     rates: tuple[float, ...] = (2e-4, 8e-4, 3.2e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -135,18 +136,16 @@ def test_a_batch_in_one_row_is_refused_outside_the_block() -> None:
 
 def test_short_documents_in_bfloat16_attend_in_float32_on_a_cpu() -> None:
     """What autocast would round goes through attention as it is, and comes out in autocast's type."""
+    attend: Any = document_attention
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 4, generator=generator, requires_grad=True) for _ in range(3))
-    exact, _ = document_attention(torch.nn.Module(), q, k, v, None, documents=[4, 5])
+    exact, _ = attend(torch.nn.Module(), q, k, v, None, documents=[4, 5])
     wanted = torch.autograd.grad(exact.square().sum(), (q, k, v))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = document_attention(torch.nn.Module(), q, k, v, None, documents=[4, 5])
+        rounded, _ = attend(torch.nn.Module(), q, k, v, None, documents=[4, 5])
         long = [SHORT + 1]
         q_long = torch.randn(1, 2, SHORT + 1, 4, generator=generator, requires_grad=True)
-        assert (
-            document_attention(torch.nn.Module(), q_long, q_long, q_long, None, documents=long)[0].dtype
-            == rounded.dtype
-        )
+        assert attend(torch.nn.Module(), q_long, q_long, q_long, None, documents=long)[0].dtype == rounded.dtype
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded, exact.bfloat16(), atol=0, rtol=0)
     for one, other in zip(torch.autograd.grad(rounded.float().square().sum(), (q, k, v)), wanted, strict=True):
