@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rankworks.compare import CompareResult, compare, markdown
 from rankworks.compare.base import Base, checksum
 from rankworks.compare.config import load_compare_config
 from rankworks.compare.trial import Bench, blame
-from rankworks.core.errors import ConfigError, DataError, TrainingError
+from rankworks.core.errors import ConfigError, DataError, DivergedError, TrainingError
 from rankworks.train import RunResult, load_config, load_task, run
 from tiny import byte_tokenizer, tiny_bert_classifier, tiny_llama
 
@@ -112,7 +114,7 @@ class Poison:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 1),
         (RuntimeError("a bug of the method"), "failed", 1),
-        (TrainingError("training stopped at step 2: the loss became nan."), "diverged", 5),
+        (DivergedError("training stopped at step 2: the loss became nan."), "diverged", 5),
     ],
 )
 def test_an_arm_that_fails_is_a_result_with_a_reason(
@@ -149,7 +151,7 @@ def test_a_seed_that_broke_makes_an_arm_a_failed_one(tmp_path: Path, monkeypatch
 
     def second(bench: Bench, model: Any, recipe: Any, *rest: Any) -> None:
         if recipe.train.seed == 2:
-            raise TrainingError("the loss became nan.")
+            raise DivergedError("the loss became nan.")
         train(bench, model, recipe, *rest)
 
     monkeypatch.setattr(Bench, "_train", second)
@@ -168,6 +170,22 @@ def test_an_arm_that_changes_the_base_stops_everything_and_is_named(tmp_path: Pa
     Poison(monkeypatch, "vera", act)
     with pytest.raises(TrainingError, match="the arm vera left the base model changed"):
         compare(small_compare(tmp_path, budget=ONE), progress=False)
+
+
+def test_so_does_one_that_changes_it_while_its_step_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inside = Bench._adapted
+
+    @contextmanager
+    def changed(bench: Bench, arm: Any, recipe: Any) -> Iterator[Any]:
+        with inside(bench, arm, recipe) as model:
+            if arm.label == "vera":
+                model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-6  # type: ignore[union-attr,index,operator]
+            yield model
+
+    monkeypatch.setattr(Bench, "_adapted", changed)
+    budget = {"trials": 1, "steps": 2, "seeds": 1, "equal": "time", "value": 1.0}
+    with pytest.raises(TrainingError, match="the arm vera left the base model changed"):
+        compare(small_compare(tmp_path, budget=budget), progress=False)
 
 
 def test_a_checksum_sees_every_bit():
@@ -280,7 +298,9 @@ def test_blame_tells_outcomes_apart():
     memory.__cause__ = torch.OutOfMemoryError("x")
     assert blame(memory)[0] == "out of memory"
     assert blame(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"))[0] == "out of memory"
-    assert blame(TrainingError("training stopped at step 2: the norm of the gradient became inf."))[0] == "diverged"
+    assert blame(DivergedError("the posterior left the numbers"))[0] == "diverged"
+    assert blame(torch.linalg.LinAlgError("svd did not converge"))[0] == "diverged"
+    assert blame(TrainingError("the checkpoint became unreadable"))[0] == "failed"  # judged by kind, not by words
     assert blame(TrainingError("no token of the batch of step 1 has a label"))[0] == "failed"
 
 

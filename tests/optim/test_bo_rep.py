@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.errors import TargetError, TrainingError
+from rankworks.core.errors import DivergedError, TargetError, TrainingError
 from rankworks.optim.bo_rep import Bilevel
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
@@ -184,9 +184,9 @@ def test_what_it_refuses() -> None:
     with pytest.raises(TrainingError, match=r"step\(upper, lower\)"):
         task.optimizer().step()
     before = task.x.detach().clone(), task.y.detach().clone()
-    with pytest.raises(TrainingError, match="lower loss became nan"):
+    with pytest.raises(DivergedError, match="lower loss became nan"):
         task.optimizer().step(task.f, lambda: task.y.sum() * torch.nan)
-    with pytest.raises(TrainingError, match="upper loss became inf"):
+    with pytest.raises(DivergedError, match="upper loss became inf"):
         task.optimizer(lower_lr=0.0).step(lambda: task.y.sum() * 0 + torch.inf, task.g)
     assert torch.equal(task.x, before[0])
     assert torch.equal(task.y, before[1])

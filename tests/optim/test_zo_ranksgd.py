@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError, TrainingError
 from rankworks.core.hooks import Hook
 from rankworks.optim.zo_ranksgd import Candidates, RankSGD, rank_weights
 from rankworks.plan.source import open_source
@@ -261,7 +261,7 @@ def test_losses_that_are_not_finite_come_last_and_too_many_of_them_stop_it() -> 
     d = sum(w * each for w, each in zip(rank_weights(order, 4), z, strict=True))
     torch.testing.assert_close(x.detach(), before + 0.1 * d, atol=1e-12, rtol=0)
     before = x.detach().clone()
-    with pytest.raises(TrainingError, match="lower radius"):
+    with pytest.raises(DivergedError, match="lower radius"):
         RankSGD([x], candidates=4).step(closure)
     assert torch.equal(x, before)
 

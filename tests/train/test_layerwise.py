@@ -11,7 +11,7 @@ from torch import Tensor
 from training import adapted, make_loop, weights
 
 import rankworks as rw
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.optim.method import OptimizerMethod, grouped
 from rankworks.core.optim.stepwise import Stepwise
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     name, parameter = next((n, p) for n, p in model.named_parameters() if "layers.0.mlp.down_proj" in n)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     parameter.register_hook(lambda g: g * float("nan"))
-    with pytest.raises(TrainingError, match=name):
+    with pytest.raises(DivergedError, match=name):
         loop.run()
     assert torch.equal(parameter.detach(), before[name])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training import adapted, make_examples, make_loop, weights
 
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError, TrainingError
 from rankworks.train.checkpoint import trained_tensors
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.hooks import Hook
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
                 next(p for p in moment.model.parameters() if p.requires_grad).data.fill_(value)
 
     loop = make_loop(folder=tmp_path, hooks=[Poison()], save_every=2)
-    with pytest.raises(TrainingError, match=r"stopped at step 4: the loss became (nan|inf).*step-00000002.*optim\.lr"):
+    with pytest.raises(DivergedError, match=r"stopped at step 4: the loss became (nan|inf).*step-00000002.*optim\.lr"):
         loop.run()
     fresh = make_loop(folder=tmp_path, hooks=[Poison()], save_every=2)
     assert fresh.restore()

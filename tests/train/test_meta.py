@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.kernels.gaussian import divergence, log_prior
 from rankworks.core.store import adapter_state, load_adapter_state
 from rankworks.train.batches import Example
@@ -291,7 +291,7 @@ def test_what_it_refuses() -> None:
         meta.fit([make_examples(40)], steps=1)
     before = tensors(model)
     meta.loss = lambda data: next(model.parameters()).sum() * torch.nan
-    with pytest.raises(TrainingError, match="The prior was not"):
+    with pytest.raises(DivergedError, match="The prior was not"):
         meta.step([(make_examples(2), make_examples(2))])
     assert all(torch.equal(tensors(model)[k], t) for k, t in before.items())
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import rankworks as rw
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.state import state_of
 from rankworks.core.store import adapter_state
 from tiny import tiny_gpt2, tiny_llama
@@ -113,5 +113,5 @@ def test_a_loss_that_is_not_finite_stops_it_before_it_learns() -> None:
     with torch.no_grad():
         for parameter in state_of(model).adapter("default").parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(TrainingError, match=r"lower lr"):
+    with pytest.raises(DivergedError, match=r"lower lr"):
         rw.Stream(model, chunk=16, window=40).read(TOKENS)

@@ -17,7 +17,17 @@ from rankworks.compare.arms import Arm
 from rankworks.compare.config import CompareConfig
 from rankworks.compare.result import RerunResult, TrialResult, rerun, trial
 from rankworks.compare.study import Cell, Ledger
-from rankworks.compare.trial import DIVERGED, FAILED, MEMORY, PRUNED, Bench, Outcome, PrunedError, blame
+from rankworks.compare.trial import (
+    DIVERGED,
+    FAILED,
+    MEMORY,
+    PRUNED,
+    BaseChangedError,
+    Bench,
+    Outcome,
+    PrunedError,
+    blame,
+)
 from rankworks.compare.tune import AGAIN, Agenda, Seen, agenda, best, count_of, distributions, given, pruner, sampler
 from rankworks.core.errors import ConfigError
 from rankworks.train.config import AUTO, Auto
@@ -223,7 +233,9 @@ class Session:
                 try:
                     recipe = self.bench.recipe(each, 1e-6, {}, self.config.train.seed, self.config.steps)
                     record: dict[str, Any] = {"step_seconds": self.bench.step_seconds(each, recipe)}
-                except Exception as error:  # a result of this arm
+                except BaseChangedError:
+                    raise
+                except Exception as error:  # a result of this arm, as in its runs
                     record = {"reason": blame(error)[1]}
                 claim.finish(record, record.get("step_seconds"))
         return all(clock_name(each) in self.ledger.finished(self.shared) for each in self.arms)

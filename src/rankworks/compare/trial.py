@@ -24,7 +24,7 @@ from rankworks.compare.config import CompareConfig
 from rankworks.compare.score import Scored, Scorer, Validator
 from rankworks.compare.tune import rung
 from rankworks.core.adapt import adapt
-from rankworks.core.errors import DataError, RankworksError, TrainingError
+from rankworks.core.errors import DataError, DivergedError, RankworksError, TrainingError
 from rankworks.core.evidence import Evidence
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.optim.held import held_bytes
@@ -208,7 +208,7 @@ class Bench:
             outcome.valid.append((loop.step, round(value, 6)))
             _note(outcome, loop.history, loop.step)
             if value != value:
-                raise TrainingError(f"the validation loss became {value} at step {loop.step}.")
+                raise DivergedError(f"the validation loss became {value} at step {loop.step}.")
             if look is not None and loop.step < steps:
                 look(loop.step, value)
             return {"value": value}
@@ -272,7 +272,7 @@ def blame(error: Exception) -> tuple[str, str]:
     if isinstance(error, TrainingError):
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             return MEMORY, text
-        return (DIVERGED if "became" in text else FAILED), text
+        return (DIVERGED if isinstance(error, DivergedError) else FAILED), text
     if isinstance(error, torch.linalg.LinAlgError):
         return DIVERGED, f"a decomposition did not converge: {text[:300]}"
     if isinstance(error, RankworksError):

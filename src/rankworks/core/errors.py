@@ -50,6 +50,10 @@ class TrainingError(RankworksError):
     """Training stopped: the loss is not finite, the device ran out of memory, a checkpoint does not fit."""
 
 
+class DivergedError(TrainingError):
+    """A loss or its gradient is no longer finite: the steps were too large, or the numbers too coarse."""
+
+
 class DownloadError(RankworksError):
     """A sample model or data set could not be fetched, or its checksum is wrong."""
 

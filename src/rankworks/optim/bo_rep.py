@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rankworks.core.errors import TargetError, TrainingError
+from rankworks.core.errors import DivergedError, TargetError, TrainingError
 from rankworks.core.fields import Positive, Probability, Setting
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
 from rankworks.core.registry import optimizer
@@ -140,7 +140,7 @@ class Bilevel(torch.optim.Optimizer):
     def step(self, upper: Loss | None = None, lower: Loss | None = None) -> Tensor:  # type: ignore[override]
         """Take one step, given closures that return the losses f and g; without `lower` g is f. Returns f.
 
-        Raises `TrainingError` where a loss is not finite, before anything is done with it.
+        Raises `DivergedError` where a loss is not finite, before anything is done with it.
         """
         if upper is None:
             raise TrainingError(
@@ -211,7 +211,7 @@ def _value(closure: Loss, which: str) -> Tensor:
     with torch.enable_grad():
         loss = closure()
     if not math.isfinite(float(loss.detach())):
-        raise TrainingError(
+        raise DivergedError(
             f"the {which} loss became {float(loss.detach())}: lower lr, or ratio, which sets the rate of the lower "
             "steps."
         )

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from rankworks.core.draw import seed_of
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError, TrainingError
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.optim.method import Group, OptimizerMethod
 from rankworks.core.registry import optimizer
@@ -218,10 +218,12 @@ class RankSGD(torch.optim.Optimizer):
     def _ask(self, judge: Oracle, points: Candidates, wanted: int) -> list[int]:
         order = [int(number) for number in judge(points)]
         if len(order) < wanted:
-            raise TrainingError(
+            few = (
                 f"zo-ranksgd needs the {wanted} best of {len(points)} candidates in order, and {len(order)} were ranked"
-                + (" (the loss of the others is not finite: lower radius)." if isinstance(judge, ByLoss) else ".")
             )
+            if isinstance(judge, ByLoss):
+                raise DivergedError(f"{few} (the loss of the others is not finite: lower radius).")
+            raise TrainingError(f"{few}.")
         order = order[:wanted]
         if len(set(order)) < wanted or not all(0 <= number < len(points) for number in order):
             raise TrainingError(

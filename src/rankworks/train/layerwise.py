@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.hooks import Hook
 
 Mode = Literal["gather", "measure", "step"]
@@ -78,7 +78,7 @@ class Layerwise:
             gradient /= self.processes
         square = gradient.float().square().sum()
         if not torch.isfinite(square):
-            raise TrainingError(
+            raise DivergedError(
                 f"the gradient of {self._name(parameter)} is not finite. With layer-wise updates the layers behind it "
                 "have taken their step already: go on from the last checkpoint, with a smaller optim.lr."
             )

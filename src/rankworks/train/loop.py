@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.apart import average_gradients, leave_out
@@ -258,7 +258,7 @@ class Loop:
             return
         what = f"the loss became {loss}" if not math.isfinite(loss) else f"the norm of the gradient became {norm}"
         kept = self.checkpoints.newest() if self.checkpoints is not None else None
-        raise TrainingError(
+        raise DivergedError(
             f"training stopped at step {self.step}: {what}. Nothing of that step was applied. "
             + (f"The last good checkpoint is {kept}. " if kept else "")
             + f"Try a smaller optim.lr (it is {self.optim.lr:g}), a longer warmup, or train.precision=float32."

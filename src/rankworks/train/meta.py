@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.draw import seed_of
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.kernels.gaussian import divergence, log_prior
 from rankworks.core.progress import track
 from rankworks.core.state import state_of
@@ -134,7 +134,7 @@ class MetaLearner:
     def step(self, tasks: Sequence[Pair]) -> float:
         """Adapt to each task's support batch, then move the prior; returns the mean loss of the query batches.
 
-        The posterior is the prior afterwards. Raises `TrainingError`, with the prior as it was, where a loss is not
+        The posterior is the prior afterwards. Raises `DivergedError`, with the prior as it was, where a loss is not
         finite.
         """
         prior, posterior = self._tensors(prior=True), self._tensors()
@@ -170,7 +170,7 @@ class MetaLearner:
     def adapt(self, data: Any, steps: int = 10) -> list[float]:
         """Put the posterior to the prior and take steps on a task's examples; returns their losses.
 
-        The prior stays. Raises `TrainingError` where a loss is not finite.
+        The prior stays. Raises `DivergedError` where a loss is not finite.
         """
         with self._training():
             return self._adapt(data, steps, "adapt")
@@ -202,7 +202,7 @@ class MetaLearner:
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     _forget([*self._tensors(), *self._tensors(prior=True)])
-                    raise TrainingError(
+                    raise DivergedError(
                         f"a task's loss became {value} in round {self.rounds}: lower inner_lr or lr. The prior was not "
                         "moved."
                     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rankworks.core.errors import TrainingError
+from rankworks.core.errors import DivergedError
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.scaled import Scaled
 from rankworks.core.select import Searching
@@ -138,7 +138,7 @@ class ScoreSteps(Hook):
         rate = float(moment.optimizer.param_groups[0]["lr"])
         gradient = relaxed.gradient(self.objective, held_out, inner, rate)
         if not bool(torch.isfinite(gradient).all()):
-            raise TrainingError(
+            raise DivergedError(
                 f"the search stopped at step {moment.step}: the gradient of the scores is not finite. Try a smaller "
                 "search.lr."
             )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.calibrate.memory import memorise
-from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.progress import track
 from rankworks.core.state import state_of
 from rankworks.train.loss import IGNORE
@@ -119,7 +119,7 @@ class Stream:
                 loss = self.objective({"input_ids": ids}, labels) / scored
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise TrainingError(
+                raise DivergedError(
                     f"the loss became {value} at token {self.read_tokens} of the stream: lower lr, or start again from "
                     "a saved adapter. Nothing was learned from that chunk."
                 )
