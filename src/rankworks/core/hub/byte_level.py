@@ -1,8 +1,8 @@
 """A tokenizer that reads text byte by byte: token i is byte i of the text's UTF-8, and token 256 ends a text.
 
 It is made in memory, needs no model and loses nothing: `decode(ids)` is the text, whatever its language. Sequences are
-several times as long as those of a trained vocabulary; the embedding and the head of a model are small. A model is saved
-with it, as files that `AutoTokenizer` reads.
+several times as long as those of a trained vocabulary; the embedding and the head of a model are small. A saved model
+has it beside it, as files that `AutoTokenizer` reads.
 """
 
 from __future__ import annotations
