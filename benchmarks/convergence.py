@@ -1,6 +1,6 @@
 """How fast methods learn: every contender at its own best rate out of one grid, over several seeds, on real tasks.
 
-Used by inits_convergence.py, ranks.py and pretrain.py. A cell is one run: (contender, learning rate, seed). The grid is
+Used by inits_convergence.py and ranks.py. A cell is one run: (contender, learning rate, seed). The grid is
 run with the first seed; a contender's best rate is the one with the lowest held-out loss at the end, and the other
 seeds are run at that rate. Batches, their order and the held-out records are the same for all contenders of a seed.
 Every finished cell is a line in a file, so a benchmark that was stopped goes on where it was; nothing here measures
@@ -46,8 +46,6 @@ class Setting:
 
 class Bench:
     """One task: the model and the examples, and the file of finished cells."""
-
-    model = MODEL
 
     def __init__(
         self,
@@ -148,20 +146,13 @@ class Bench:
 
 
 def command(
-    name: str,
-    says: str,
-    contenders: Mapping[str, dict[str, Any]],
-    plain: str,
-    setting: Setting,
-    tasks: Sequence[str] = tuple(TASKS),
-    bench: type[Bench] = Bench,
-    **options: Any,
+    name: str, says: str, contenders: Mapping[str, dict[str, Any]], plain: str, setting: Setting, **options: Any
 ) -> None:
     """Run a benchmark of learning from the command line: choose, run what is missing, write `results/<name>.json`.
 
-    plain: the contender that all others are held against, which always runs; options: for `bench`.
+    plain: the contender that all others are held against, which always runs; options: for `Bench`.
     """
-    asked = _asked(name, says, setting, tasks)
+    asked = _asked(name, says, setting)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(asked.threads)  # before torch is imported
     import common
     import torch
@@ -171,17 +162,17 @@ def command(
     setting = replace(setting, steps=asked.steps)
     cells = asked.cells or common.RESULTS / f"{name}_cells.jsonl"
     result: dict[str, Any] = {"benchmark": name, "environment": common.environment("none")}
-    result["setting"] = {"model": bench.model, "tasks": {t: TASKS.get(t, {}) for t in tasks}, **asdict(setting)}
+    result["setting"] = {"model": MODEL, "tasks": TASKS, **asdict(setting)}
     for task in asked.tasks.split(","):
-        rows = bench(task, setting, cells, {name: contenders[name] for name in names}, **options).run()
+        rows = Bench(task, setting, cells, {name: contenders[name] for name in names}, **options).run()
         result[task] = against(rows, plain)
-    everything = asked.only == "all" and asked.tasks == ",".join(tasks)
+    everything = asked.only == "all" and asked.tasks == ",".join(TASKS)
     common.finish(result, asked.output or (common.RESULTS / f"{name}.json" if everything else None))
 
 
-def _asked(name: str, says: str, setting: Setting, tasks: Sequence[str]) -> argparse.Namespace:
+def _asked(name: str, says: str, setting: Setting) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=says)
-    parser.add_argument("--tasks", default=",".join(tasks), help="some of the tasks, with commas")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="some of the tasks, with commas")
     parser.add_argument("--only", default="all", help="some of the contenders, with commas")
     parser.add_argument("--steps", type=int, default=setting.steps)
     parser.add_argument("--threads", type=int, default=2)
@@ -229,7 +220,7 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
         table[name] = {
             "rate": row["rate"],
             "trained": row["cells"][0]["trained"],
-            **{k: [cell[k] for cell in row["cells"]] for k in ("ranks", "state_bytes") if k in row["cells"][0]},
+            **({"ranks": [cell["ranks"] for cell in row["cells"]]} if "ranks" in row["cells"][0] else {}),
             "loss": interval(row["ends"]),
             "steps": [None if r is None else round(r, 1) for r in reached],
             "steps_mean": interval(known) if len(known) == len(reached) else None,

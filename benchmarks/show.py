@@ -36,7 +36,7 @@ def _tables(result: Row) -> list[tuple[str, list[Row]]]:
         return [("From a loaded model to one that can train:", [_init(n, r) for n, r in result["inits"].items()])]
     if kind == "optimizers":
         return [(f"{case}:", [_optimizer(n, r) for n, r in rows.items()]) for case, rows in result["cases"].items()]
-    if kind in ("inits_convergence", "ranks", "pretrain"):
+    if kind in ("inits_convergence", "ranks"):
         return [(f"{task}:", [_learned(n, r) for n, r in result[task].items()]) for task in result["setting"]["tasks"]]
     return [("", _plain(result))]
 
@@ -68,7 +68,6 @@ def _learned(name: str, row: Row) -> Row:
         "contender": name,
         "best rate": f"{row['rate']:g}",
         "trained": f"{row['trained']:,}",
-        **({"state MB": round(row["state_bytes"][0] / 1e6, 2)} if "state_bytes" in row else {}),
         "loss": f"{loss['mean']} ({loss['low']} to {loss['high']})",
         "steps to the first's": f"{steps['mean']} ({steps['low']} to {steps['high']})" if steps else str(row["steps"]),
     }
