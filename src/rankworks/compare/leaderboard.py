@@ -41,7 +41,7 @@ def leaderboard(
     confidence: float,
     command: Callable[[str], str],
 ) -> list[Row]:
-    """Return a row per arm whose work is done, best first, failed ones last."""
+    """Return a row per arm whose work is done, in the order of `ordered`."""
     done = [s for s in standings if s.done]
     whole = {s.arm.label: list(s.reruns.values()) for s in done if _failure(s) is None}
     tables = {label: np.array([r.outcomes for r in reruns]) for label, reruns in whole.items()}  # (seeds, records)
@@ -63,6 +63,14 @@ def leaderboard(
         _row(s, costs[s.arm.label], scale, estimates, against, corrected, places, confidence, command(s.arm.label))
         for s in done
     ]
+    return ordered(rows, scale)
+
+
+def ordered(rows: Sequence[Row], scale: Scale) -> list[Row]:
+    """Return rows as every table shows them: ranks never fall, the better mean first within one, failed ones last.
+
+    A mean that varies a lot may share rank 1, and stand above a better one that is shown to be behind the best.
+    """
     return sorted(rows, key=lambda r: (r.rank is None, r.rank or 0, -scale.sign * (r.mean or 0.0), r.method))
 
 

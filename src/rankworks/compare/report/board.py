@@ -39,7 +39,7 @@ def leaderboard(result: CompareResult) -> str:
     gaps = Axis.over([v for r in rows for v in (r.difference, r.difference_low, r.difference_high)], mark=0.0)
     columns = _columns(result)
     heads = "".join(_head(column) for column in columns)
-    bodies = "".join(_body(row, result, scores, gaps, len(columns)) for row in rows)
+    bodies = "".join(_body(row, i, result, scores, gaps, len(columns)) for i, row in enumerate(rows))
     search = (
         '<label class="search">search <input type="search" id="search" placeholder="method" autocomplete="off"></label>'
         if len(rows) >= SEARCHED_FROM
@@ -81,13 +81,13 @@ def _head(column: Column) -> str:
     )
 
 
-def _body(row: Row, result: CompareResult, scores: Axis | None, gaps: Axis | None, width: int) -> str:
-    """Return a row and, folded under it, all that is known of its arm."""
+def _body(row: Row, place: int, result: CompareResult, scores: Axis | None, gaps: Axis | None, width: int) -> str:
+    """Return a row and, folded under it, all that is known of its arm. Sorted by rank, rows stand in their places."""
     arm = next((arm for arm in result.arms if arm.label == row.method), None)
     style = "best" if row.tie else "failed" if row.status != "ok" else ""
     rank = "–" if row.rank is None else f"{row.rank}{'=' if shares_rank(row, result) else ''}"
     cells = [
-        _cell(rank, row.rank, "number"),
+        _cell(rank, None if row.rank is None else place, "number"),
         f'<th scope="row" class="name" data-sort="{escape(row.method)}">{_opener(row, result)}</th>',
         _score(row, result, scores),
         *([_gap(row, result, gaps), _cell(p_value(row.p_corrected), row.p_corrected)] if result.baseline else []),
