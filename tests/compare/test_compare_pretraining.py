@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import yaml
 
 import rankworks as rw
 from rankworks.compare import CompareResult, compare
+from rankworks.compare.conclude import advice
 from rankworks.compare.markdown import cells, columns
+from rankworks.compare.report.costs import cost_charts, points
 from rankworks.core.errors import ConfigError
 from rankworks.plan import optimizer_bytes
 from rankworks.train.api import run
@@ -80,15 +83,45 @@ def test_every_seed_draws_new_weights_and_a_row_repeats_from_its_recipe(compared
 
 def test_it_stands_in_every_table(compared: tuple[Path, CompareResult]) -> None:
     folder, result = compared
-    place = columns(result).index("optimizer")
+    heads = columns(result)
+    assert heads[2] == result.unit == "loss, nats per byte"
+    assert "trained" not in heads  # which is the same for all
+    place = heads.index("optimizer")
     shown = {row.method: cells(row, result)[place] for row in result.leaderboard}
     assert all(text.endswith("kB") for text in shown.values())
     assert f"| {shown['adamw']} |" in (folder / "out" / "result.md").read_text()
     page = (folder / "out" / "report.html").read_text()
     for row in result.leaderboard:
         body = page.split(f'<tbody class="{"best" if row.tie else ""}" data-arm="{row.method}">')[1].split("</tr>")[0]
-        assert f'<td class="number less" data-sort="{row.optimizer_bytes}">{shown[row.method]}</td>' in body
+        assert f'<td class="number" data-sort="{row.optimizer_bytes}">{shown[row.method]}</td>' in body
     assert "Optimizer state" in page
+
+
+def test_the_loss_is_drawn_over_what_is_kept(compared: tuple[Path, CompareResult]) -> None:
+    result = compared[1]
+    views = points(result)
+    assert list(views) == ["optimizer state", "peak memory", "time of a run"]  # all train the same numbers
+    kept = {row.method: row.optimizer_bytes for row in result.leaderboard}
+    assert {point.label: point.cost for point in views["optimizer state"]} == kept
+    figure: Any = cost_charts(result)["optimizer state"]
+    assert figure.layout.yaxis.title.text == "loss, nats per byte (lower is better)"
+
+
+def test_who_keeps_least_is_named_among_optimizers_that_are_tied(compared: tuple[Path, CompareResult]) -> None:
+    result = compared[1]
+    tied = [replace(row, rank=1, tie=True) for row in result.leaderboard]
+    least = min(tied, key=lambda row: row.optimizer_bytes or 0)
+    said = f"{least.method} keeps the least for its optimizer"
+    assert said in " ".join(advice(replace(result, leaderboard=tied)))
+    alike = [replace(arm, optim={"name": "adamw"}) for arm in result.arms]
+    assert said not in " ".join(advice(replace(result, leaderboard=tied, arms=alike)))
+
+
+def test_a_loss_says_what_it_is_counted_in(compared: tuple[Path, CompareResult]) -> None:
+    result = compared[1]
+    models = [{"name": "smollm2-135m"}, {"name": "minilm-l6", "task": "classification"}]
+    units = [replace(result, config={**result.config, "model": model}).loss_unit for model in models]
+    assert units == ["nats per token", "nats per record"]
 
 
 def test_under_one_optimizer_there_is_no_column_of_it() -> None:

@@ -37,7 +37,7 @@ def show_result(out: Output, config: RunConfig, result: RunResult, report: Path 
     cost = {
         "trainable": f"{result.trainable_parameters:,} parameters, {share:.3g} % of {result.total_parameters:,}",
         "speed": f"{result.tokens_per_second:,.0f} tokens/s over {result.steps} steps in {duration(result.seconds)}",
-        "peak memory": size(result.peak_memory_bytes),
+        "peak memory": f"{size(result.peak_memory_bytes)}, {size(result.optimizer_bytes)} of it the optimizer's state",
     }
     if result.rate is not None:
         cost["learning rate"] = str(MeasuredRate(**result.rate))

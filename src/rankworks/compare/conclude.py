@@ -87,7 +87,7 @@ class Cost:
 
 
 STATE = Cost(
-    "keeps the least for its optimizer", "keep the least for their optimizer", lambda r: r.optimizer_bytes, size
+    "keeps the least for its optimizer", "keep the least for their optimizers", lambda r: r.optimizer_bytes, size, 0.01
 )
 """Told where optimizers differ: under one optimizer it follows from the trained numbers."""
 

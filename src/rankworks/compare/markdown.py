@@ -12,8 +12,8 @@ def columns(result: CompareResult) -> list[str]:
     """Return the heads of the leaderboard's columns."""
     against = [f"vs {result.baseline}", "interval", "p"] if result.baseline else []
     interval = f"{result.confidence:.0%} interval"
-    kept = ["optimizer"] if result.compares_optimizers else []
-    return ["", "method", unit(result.metric), interval, *against, "lr", "trained", *kept, "memory", "s/step", "spent"]
+    sizes = [*(["trained"] * result.tells_trained), *(["optimizer"] * result.compares_optimizers)]
+    return ["", "method", result.unit, interval, *against, "lr", *sizes, "memory", "s/step", "spent"]
 
 
 def cells(row: Row, result: CompareResult) -> list[str]:
@@ -29,7 +29,7 @@ def cells(row: Row, result: CompareResult) -> list[str]:
             "" if row.difference is None else " to ".join(ends),
             p_value(row.p_corrected),
         ]
-    kept = ["" if row.optimizer_bytes is None else size(row.optimizer_bytes)]
+    kept = "" if row.optimizer_bytes is None else size(row.optimizer_bytes)
     return [
         "-" if row.rank is None else f"{row.rank}" + ("=" if shares_rank(row, result) else ""),
         row.method,
@@ -37,8 +37,8 @@ def cells(row: Row, result: CompareResult) -> list[str]:
         " to ".join(between),
         *compared,
         "" if row.lr is None else f"{row.lr:g}",
-        f"{row.trainable_parameters:,}",
-        *(kept if result.compares_optimizers else []),
+        *([f"{row.trainable_parameters:,}"] * result.tells_trained),
+        *([kept] * result.compares_optimizers),
         "" if row.memory_bytes is None else size(row.memory_bytes),
         "" if row.step_seconds is None else f"{row.step_seconds:.2g}",
         duration(row.seconds),

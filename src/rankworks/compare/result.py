@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankworks.compare.words import unit
 from rankworks.core.errors import StoreError
+from rankworks.core.hub.byte_level import BYTES
 from rankworks.core.version import __version__
 from rankworks.train.result import Confusion
 
@@ -200,6 +202,24 @@ class CompareResult:
         """Whether arms differ in their optimizers, settings but the learning rate counted in."""
         known = [{k: v for k, v in arm.optim.items() if k != "lr"} for arm in self.arms]
         return any(optim != known[0] for optim in known)
+
+    @property
+    def tells_trained(self) -> bool:
+        """Whether a column of trained numbers tells something: among optimizers of one model it does not."""
+        return not self.compares_optimizers or len({row.trainable_parameters for row in self.leaderboard}) > 1
+
+    @property
+    def loss_unit(self) -> str:
+        """What a loss is counted in: a classifier's is that of a record, a language model's that of a token."""
+        of = self.config.get("model") or {}
+        if of.get("task") == "classification":
+            return "nats per record"
+        return "nats per byte" if of.get("tokenizer") == BYTES else "nats per token"
+
+    @property
+    def unit(self) -> str:
+        """The metric with its unit, for heads and axes."""
+        return f"loss, {self.loss_unit}" if self.metric == "loss" else unit(self.metric)
 
     def arm(self, label: str) -> ArmResult:
         """Return one arm by its label."""

@@ -12,7 +12,7 @@ from rankworks.compare.conclude import against_baseline
 from rankworks.compare.markdown import shares_rank
 from rankworks.compare.report.bars import Axis, bar
 from rankworks.compare.result import ArmResult, CompareResult, Row
-from rankworks.compare.words import SHARES, number, p_value, unit
+from rankworks.compare.words import SHARES, number, p_value
 from rankworks.train.report.shell import code, copy_button, pairs
 from rankworks.train.report.words import duration, size
 
@@ -59,11 +59,11 @@ def _columns(result: CompareResult) -> list[Column]:
     return [
         Column("#", "rank; = means shared"),
         Column("method", style="name"),
-        Column(unit(result.metric), f"mean and {result.confidence:.0%} interval", result.higher_is_better, "mean"),
+        Column(result.unit, f"mean and {result.confidence:.0%} interval", result.higher_is_better, "mean"),
         *(against if result.baseline else []),
         Column("lr", "tuned learning rate", style="number less"),
-        Column("trained", "trained numbers"),
-        *([Column("optimizer", "bytes its state takes", style="number less")] if result.compares_optimizers else []),
+        *([Column("trained", "trained numbers")] * result.tells_trained),
+        *([Column("optimizer", "bytes its state takes")] * result.compares_optimizers),
         Column("memory", "measured peak", style="number less"),
         Column("step", "seconds of a training step", style="number less"),
         Column("spent", "time of all its runs", style="number less"),
@@ -92,8 +92,8 @@ def _body(row: Row, place: int, result: CompareResult, scores: Axis | None, gaps
         _score(row, result, scores),
         *([_gap(row, result, gaps), _cell(p_value(row.p_corrected), row.p_corrected)] if result.baseline else []),
         _cell("" if row.lr is None else f"{row.lr:.3g}", row.lr),
-        _cell(f"{row.trainable_parameters:,}", row.trainable_parameters, "number"),
-        *([_cell(_kept(row), row.optimizer_bytes)] if result.compares_optimizers else []),
+        *([_cell(f"{row.trainable_parameters:,}", row.trainable_parameters, "number")] * result.tells_trained),
+        *([_cell(_kept(row), row.optimizer_bytes, "number")] * result.compares_optimizers),
         _cell("" if row.memory_bytes is None else size(row.memory_bytes), row.memory_bytes),
         _cell("" if row.step_seconds is None else f"{row.step_seconds:.2g} s", row.step_seconds),
         _cell(duration(row.seconds), row.seconds),

@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 
 from rankworks.compare.conclude import ran
 from rankworks.compare.result import CompareResult
-from rankworks.compare.words import SHARES, number, unit
+from rankworks.compare.words import SHARES, number
 from rankworks.train.report.style import BLUE, GREY, ORANGE, style, ticks
 from rankworks.train.report.words import duration, size
 
 HEIGHT = 440
 STATE = "optimizer state"
-TICKS = {"trained numbers": ("~s", ""), STATE: ("~s", "B"), "peak memory": ("~s", "B"), "time of a run": (",~r", " s")}
+TICKS = {STATE: ("~s", "B"), "trained numbers": ("~s", ""), "peak memory": ("~s", "B"), "time of a run": (",~r", " s")}
 """Per view, how plotly writes a number, and its unit."""
 
 
@@ -34,8 +34,11 @@ class Point:
 
 
 def points(result: CompareResult) -> dict[str, list[Point]]:
-    """Return {view: points}, best arms first; an arm whose cost is not known is not in that view."""
-    views: dict[str, list[Point]] = {view: [] for view in ("trained numbers", STATE, "peak memory", "time of a run")}
+    """Return {view: points}, best arms first; an arm whose cost is not known is not in that view.
+
+    A cost that is the same for all is no view, unless every one is.
+    """
+    views: dict[str, list[Point]] = {view: [] for view in TICKS}
     runs = {arm.label: [r.seconds for r in arm.reruns if r.outcome == "complete"] for arm in result.arms}
     for row in ran(result):
         if row.mean is None:
@@ -50,7 +53,8 @@ def points(result: CompareResult) -> dict[str, list[Point]]:
         for view, (cost, told) in costs.items():
             if cost is not None:
                 views[view].append(Point(row.method, cost, told, row.mean, row.low, row.high))
-    return {view: found for view, found in views.items() if found}
+    told = {view: found for view, found in views.items() if len({point.cost for point in found}) > 1}
+    return told or {view: found for view, found in views.items() if found}
 
 
 def pareto(candidates: Sequence[Point], higher: bool) -> list[Point]:
@@ -97,7 +101,7 @@ def _chart(found: list[Point], view: str, result: CompareResult) -> go.Figure:
     drawing.update_layout(
         hovermode="closest",
         xaxis={"title": f"{view}{', logarithmic' if logarithmic else ''}", "type": "log" if logarithmic else "linear"},
-        yaxis={"title": {"text": f"{unit(result.metric)} ({better} is better)", "standoff": 8}},
+        yaxis={"title": {"text": f"{result.unit} ({better} is better)", "standoff": 8}},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         margin={"t": 40, "b": 62, "r": 20},
     )

@@ -34,7 +34,7 @@ class Tuned:
         name = result.tuned_on.removeprefix("validation ").replace(" ", "_")
         self.score = "loss" not in result.tuned_on
         self.factor = (-100.0 if name in SHARES else -1.0) if self.score else 1.0
-        self.title = f"{result.tuned_on}{' %' if name in SHARES else ''}"
+        self.title = f"{result.tuned_on}{' %' if name in SHARES else '' if self.score else f', {result.loss_unit}'}"
 
     def shown(self, values: Sequence[float]) -> list[float]:
         """Return values as a reader sees them."""
@@ -139,7 +139,7 @@ def final_chart(result: CompareResult, which: str) -> go.Figure | None:
             x=steps, y=mean, mode="lines", line={"width": 1, "color": GREY}, meta={"arm": label, "part": "mean"},
             name=escape(label), hovertemplate="%{y:.4g}",
         )  # fmt: skip
-    _finish(drawing, tuned.title if which == "valid" else "training loss", values)
+    _finish(drawing, tuned.title if which == "valid" else f"training loss, {result.loss_unit}", values)
     drawing.update_layout(hovermode="closest", showlegend=False)
     drawing.update_traces(hovertemplate="<b>%{fullData.name}</b><br>step %{x}: %{y:.4g}<extra></extra>")
     return drawing

@@ -168,6 +168,7 @@ def _how(result: CompareResult) -> str:
     facts: dict[str, Any] = {
         "model": f"{result.model.get('name')}, {result.model.get('parameters', 0):,} parameters, "
         f"{result.model.get('dtype')} on {result.model.get('device')}",
+        **({"shape": ", ".join(f"{k} {v}" for k, v in shape.items())} if (shape := result.model.get("shape")) else {}),
         "data": result.data.get("title"),
         **result.environment,
     }

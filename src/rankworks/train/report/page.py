@@ -96,6 +96,7 @@ def _cost(evidence: Evidence) -> str:
             f"for {result.steps} steps": duration(result.seconds),
             "tokens per second": f"{result.tokens_per_second:,.0f}",
             "peak memory": size(result.peak_memory_bytes),
+            "optimizer's state": size(result.optimizer_bytes),
         }
     )
 
