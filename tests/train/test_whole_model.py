@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from training import small_run
 from typer.testing import CliRunner
 
 import rankworks as rw
+from rankworks.cli.after import next_commands
 from rankworks.cli.app import app
+from rankworks.cli.words import title
 from rankworks.core.errors import ConfigError, StoreError, UnknownNameError
 from rankworks.train.api import run
 from rankworks.train.config import load_config
@@ -97,6 +100,22 @@ def test_a_model_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         save_model(model, tokenizer, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == kept
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_shape_is_trained_byte_by_byte_and_what_is_tried_next_works(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {**whole(tmp_path), "optim": {"name": "adamw", "lr": 1e-2}}
+    config["model"] = {"name": "llama-60m", "start": "random", "tokenizer": "bytes", "shape": shape, "device": "cpu"}
+    result = run(config, progress=False)
+    assert title(load_config(config)).startswith("all of llama-60m, reshaped, on ")
+    assert result.losses[-1] < result.losses[0]
+    assert result.optimizer_bytes == 8 * result.total_parameters  # two float32 moments a number
+    assert RunResult.from_file(tmp_path / "out" / "result.json").optimizer_bytes == result.optimizer_bytes
+    for line in next_commands(load_config(config), result)[:2]:
+        done = CliRunner().invoke(app, [*shlex.split(line)[1:], "train.steps=1", "--json"])
+        assert done.exit_code == 0, done.output
+        before = json.loads(done.stdout.strip().splitlines()[-1])["before"]
+        assert before == pytest.approx(result.after)
 
 
 def test_the_command_says_where_the_model_lies(tmp_path: Path) -> None:

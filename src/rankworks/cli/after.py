@@ -97,7 +97,7 @@ def next_commands(config: RunConfig, result: RunResult) -> list[str]:
 def _after_whole(config: RunConfig, result: RunResult) -> list[str]:
     """What to do with a model that was trained as a whole: adapt it, train it on, see what another optimizer needs."""
     folder, model = Path(short(str(result.output))), short(str(result.model))
-    own = [f"model.name={model}", "model.start=pretrained", "model.tokenizer=null"]
+    own = [f"model.name={model}", "model.start=pretrained", "model.tokenizer=null", "model.shape=null"]
     adapted = command("train", folder, *own, "adapt={delta: lora}", "--output", folder.with_name(f"{folder.name}-lora"))
     on = command("train", folder, *own, "--output", folder.with_name(f"{folder.name}-on"))
     return [adapted, on, command("plan", "--model", model, "--delta", "lora")]
