@@ -227,14 +227,19 @@ def test_a_finished_site_goes_on_when_it_wins_directions_that_still_move() -> No
     assert other.done  # and holds nothing now
 
 
-def test_small_batches_are_skipped_and_too_small_data_refused() -> None:
+def test_small_batches_wait_for_others_and_too_small_data_are_refused(updates: list[IncrementalSVD]) -> None:
     model, large, small = Stack(1), torch.randn(20, 8), torch.randn(3, 8)
-    found = measure(model, [small, large, small])
-    assert int(found["layers.0"]["input_svd.count"]) == 20
-    with pytest.raises(
-        ConfigError, match=r"layers\.0 and 2 more has at most 3 tokens .* 4 directions .*larger batches"
-    ):
-        measure(Stack(), [small, small])
+    found = measure(model, [small, large, small], tau=1.0)["layers.0"]
+    assert len(updates) == 2  # 23 tokens, and at the end the three that waited
+    whole = measure(model, [torch.cat([small, large])], tau=1.0)["layers.0"]
+    assert int(found["input_svd.count"]) == 26
+    assert int(whole["input_svd.count"]) == 23
+    mean = torch.cat([small, large, small]).mean(0)
+    torch.testing.assert_close(found["input_svd.mean"], mean)
+    ones = measure(model, list(torch.cat([small, large])[:22].split(1)), tau=1.0)["layers.0"]  # a token at a time
+    assert int(ones["input_svd.count"]) == 22
+    with pytest.raises(ConfigError, match=r"layers\.0 and 2 more reads 3 tokens .* 4 directions .*calibrate\.batches"):
+        measure(Stack(), [small])
 
 
 def test_no_more_directions_are_tracked_than_there_are_inputs() -> None:

@@ -6,7 +6,7 @@ A direction stands still when |cos| between it and itself before the last batch 
 wanted directions all do is done and takes no more data, until it wants more. (|cos|, not cos: the sign is a
 convention, and near a tie of the two largest entries it may turn while the direction stays. The released code takes
 such a turn for a movement.)
-A batch with fewer tokens than directions says too little and is skipped.
+A batch with fewer tokens than directions (a layer behind an encoder's pooling reads one per row) waits for the next.
 Source: arXiv:2410.07170 and its released code.
 """
 
@@ -40,13 +40,15 @@ class InputSVD(Statistic):
         self.iterations, self.tokens, self.passes = iterations, tokens, passes
         self.svd: IncrementalSVD | None = None
         self.still: Tensor | None = None  # (k,) whether a direction stood still over the last batch
-        self.longest = 0  # tokens in the largest use
+        self.waiting: Tensor | None = None  # (m, in), m < k: tokens that wait for more
 
     def read(self, x: Tensor, samples: Tensor) -> None:
         """Take one use's inputs."""
         k = min(self.limit, x.shape[1])
-        self.longest = max(self.longest, len(x))
-        if len(x) < k:
+        if self.waiting is not None:
+            x = torch.cat([self.waiting, x])
+        self.waiting = x.clone() if len(x) < k else None
+        if self.waiting is not None:
             return
         if self.svd is None:
             self.svd = IncrementalSVD(k, self.iterations)
@@ -77,18 +79,21 @@ class InputSVD(Statistic):
         """No input came, or too little at once."""
         if self.svd is not None:
             return None
-        if not self.longest:
+        if self.waiting is None:
             return UNUSED
         return (
-            f"has at most {self.longest} tokens in a batch that count, and {self.limit} directions of its inputs are "
-            "sought: give larger batches, a smaller rank (or rho), or let all tokens count that are no padding (eva's "
-            "label_mask: false)"
+            f"reads {len(self.waiting)} tokens of these data that count, and {self.limit} directions of its inputs are "
+            "sought: give more data (calibrate.batches), a smaller rank (or rho), or let all tokens count that are no "
+            "padding (eva's label_mask: false)"
         )
 
     def result(self) -> dict[str, Tensor]:
         """On the CPU."""
         svd = self.svd
         assert svd is not None
+        if self.waiting is not None:  # the last of the data
+            svd.update(self.waiting)
+            self.waiting = None
         assert svd.components is not None
         parts = {"components": svd.components, "values": svd.values, "mean": svd.mean, "spread": svd.spread}
         return {name: t.cpu() for name, t in parts.items()} | {"count": torch.tensor(svd.count)}
