@@ -18,6 +18,8 @@ from rankworks.cli.words import title
 from rankworks.core.errors import ConfigError, StoreError, UnknownNameError
 from rankworks.train.api import run
 from rankworks.train.config import load_config
+from rankworks.train.report import write_report
+from rankworks.train.report.words import size
 from rankworks.train.result import RunResult
 from rankworks.train.whole import save_model
 from tiny import byte_tokenizer, tiny_llama
@@ -106,11 +108,17 @@ def test_a_shape_is_trained_byte_by_byte_and_what_is_tried_next_works(tmp_path: 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {**whole(tmp_path), "optim": {"name": "adamw", "lr": 1e-2}}
     config["model"] = {"name": "llama-60m", "start": "random", "tokenizer": "bytes", "shape": shape, "device": "cpu"}
+    for name in ("train", "test"):
+        texts = [json.dumps({"text": f"def f{i}(x):\n    return {i} * x  # naïve\n"}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
     result = run(config, progress=False)
     assert title(load_config(config)).startswith("all of llama-60m, reshaped, on ")
     assert result.losses[-1] < result.losses[0]
     assert result.optimizer_bytes == 8 * result.total_parameters  # two float32 moments a number
     assert RunResult.from_file(tmp_path / "out" / "result.json").optimizer_bytes == result.optimizer_bytes
+    page = write_report(tmp_path / "out").read_text()
+    for told in ("llama-60m, reshaped, on", f">{size(result.optimizer_bytes)}<", "perplexity of a byte"):
+        assert told in page
     for line in next_commands(load_config(config), result)[:2]:
         done = CliRunner().invoke(app, [*shlex.split(line)[1:], "train.steps=1", "--json"])
         assert done.exit_code == 0, done.output

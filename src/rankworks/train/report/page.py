@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from rankworks.core.files import atomic_write
+from rankworks.core.hub.byte_level import BYTES
 from rankworks.train.report.charts import class_chart, loss_chart
 from rankworks.train.report.gather import SHARES, Evidence, gather, interval
 from rankworks.train.report.pieces import answers, matrices, measures, shown, tiles
@@ -53,7 +54,8 @@ def headline(evidence: Evidence) -> str:
 
     adapt, data = evidence.config.get("adapt"), evidence.config.get("data") or {}
     source = data.get("name") or data.get("path") or data.get("train") or "its data"
-    model = (evidence.config.get("model") or {}).get("name", "a model")
+    settings = evidence.config.get("model") or {}
+    model = f"{settings.get('name', 'a model')}{', reshaped,' if settings.get('shape') else ''}"
     if adapt is None:
         return f"{model} on {source}, trained as a whole"
     key = str(adapt.get("delta", "lora"))
@@ -77,26 +79,28 @@ def _header(evidence: Evidence, title: str) -> str:
             f"(Wilson). The same {evidence.evaluated} records both times, in equal shares of their classes."
         )
     metric = escape(name.replace("_", " "))
+    bytewise = name == "perplexity" and (evidence.config.get("model") or {}).get("tokenizer") == BYTES
+    per = " of a byte" if bytewise else ""
     return (
         f"<header><h1>{escape(title)}</h1>\n"
         f'<div class="score"><b class="was">{shown(name, before)}</b><span class="arrow">&rarr;</span>'
-        f'<b>{shown(name, after)}</b><span class="what">{metric}, before and after</span></div>\n'
+        f'<b>{shown(name, after)}</b><span class="what">{metric}{per}, before and after</span></div>\n'
         f'<p class="soft small">{note}</p></header>\n'
     )
 
 
 def _cost(evidence: Evidence) -> str:
-    result = evidence.result
+    result, whole = evidence.result, evidence.config.get("adapt") is None
     share = 100 * result.trainable_parameters / max(result.total_parameters, 1)
+    kept = {"optimizer's state": size(result.optimizer_bytes)}
     return tiles(
         {
             "trainable": f"{result.trainable_parameters:,}",
-            f"of {result.total_parameters:,}": f"{share:.3g} %",
+            **(kept if whole else {f"of {result.total_parameters:,}": f"{share:.3g} %"}),
             "model file" if result.model else "adapter file": size(result.model_bytes or result.adapter_bytes),
             f"for {result.steps} steps": duration(result.seconds),
             "tokens per second": f"{result.tokens_per_second:,.0f}",
             "peak memory": size(result.peak_memory_bytes),
-            "optimizer's state": size(result.optimizer_bytes),
         }
     )
 
