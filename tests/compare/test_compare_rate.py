@@ -18,7 +18,6 @@ from rankworks.core.errors import ConfigError, TrainingError
 
 def test_every_arm_has_one_trial_at_its_measured_rate_and_reruns_it(tmp_path: Path) -> None:
     result = compare(small_compare(tmp_path, tune={"lr": "auto"}), progress=False)
-    rates = set()
     for row in result.leaderboard:
         arm = result.arm(row.method)
         (made,) = arm.trials
@@ -26,11 +25,12 @@ def test_every_arm_has_one_trial_at_its_measured_rate_and_reruns_it(tmp_path: Pa
         assert made.outcome == "complete"
         assert row.lr == arm.optim["lr"] == made.lr == made.rate["lr"] > 0
         assert arm.searched is None
-        assert any(note.startswith(f"learning rate {made.lr:g} = ") and "one trial" in note for note in arm.notes)
+        assert any(
+            note.startswith(f"learning rate {made.lr:g}, the best of trials") and "one trial" in note
+            for note in arm.notes
+        )
         assert yaml.safe_load(Path(str(arm.recipe)).read_text())["optim"]["lr"] == made.lr
         assert len(arm.reruns) == 2
-        rates.add(made.lr)
-    assert len(rates) == 2  # VeRA's is another than LoRA's
     again = compare(small_compare(tmp_path, tune={"lr": "auto"}), progress=False)
     assert [arm.trials for arm in again.arms] == [arm.trials for arm in result.arms]  # nothing was done twice
 

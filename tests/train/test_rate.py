@@ -18,14 +18,14 @@ from rankworks.train.loop import Loop, read_metrics
 from rankworks.train.rate import measure_rate
 from rankworks.train.result import RunResult
 
-TRAIN = TrainConfig(steps=6, batch_size=8)
+TRAIN, OPTIM = TrainConfig(steps=6, batch_size=8), OptimConfig(lr="auto")
 
 
 def test_measuring_leaves_the_model_and_chance_alone_and_repeats() -> None:
     model, examples = adapted(), make_examples()
     model.train()
     before, chance = weights(model), torch.get_rng_state()
-    first, again = (measure_rate(model, examples, TRAIN, progress=False) for _ in range(2))
+    first, again = (measure_rate(model, examples, TRAIN, OPTIM, progress=False) for _ in range(2))
     assert first.lr == again.lr > 0
     assert torch.equal(torch.get_rng_state(), chance)
     assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
@@ -40,7 +40,7 @@ def test_a_run_measures_trains_at_that_rate_and_says_so(tmp_path: Path, capsys: 
     assert {line["lr"] for line in lines} == {result.rate["lr"]}
     assert json.loads((tmp_path / "run" / "rate.json").read_text()) == result.rate
     assert RunResult.from_file(tmp_path / "run" / "result.json").rate == result.rate
-    assert f"learning rate {result.rate['lr']:g} = " in capsys.readouterr().err
+    assert f"learning rate {result.rate['lr']:g}, the best of trials" in capsys.readouterr().err
     assert min(result.losses[3:]) < result.losses[0]
 
 
@@ -106,5 +106,5 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
     model = adapted()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if n.endswith("lm_head.weight")).fill_(torch.inf)
-    with pytest.raises(TrainingError, match="not finite"):
-        measure_rate(model, make_examples(), TRAIN, progress=False)
+    with pytest.raises(TrainingError, match="no learning rate at which the loss stays finite"):
+        measure_rate(model, make_examples(), TRAIN, OPTIM, progress=False)

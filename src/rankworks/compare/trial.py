@@ -215,7 +215,7 @@ class Bench:
 
         optim, pad = recipe.optim, self.prepared.pad
         if optim.lr == AUTO:
-            outcome.rate = measure_rate(model, self.examples, recipe.train, pad=pad, progress=False)
+            outcome.rate = measure_rate(model, self.examples, recipe.train, optim, pad=pad, progress=False)
             optim = optim.model_copy(update={"lr": outcome.rate.lr})
         settings = recipe.train.model_copy(update={"eval_every": rung(steps), "save_every": None})
         loop = Loop(

@@ -222,7 +222,7 @@ class _Job:
         rate = read_rate(self.folder) if self.continued and self.folder is not None else None
         if rate is None:
             show, pad = progress and self.main, self.prepared.pad
-            rate = measure_rate(self.model, self.examples, self.config.train, pad=pad, progress=show)
+            rate = measure_rate(self.model, self.examples, self.config.train, optim, pad=pad, progress=show)
         if progress and self.main:
             print(f"learning rate {rate}", file=sys.stderr, flush=True)
         return rate, optim.model_copy(update={"lr": rate.lr})

@@ -1,11 +1,14 @@
-"""`optim.lr: auto`: the learning rate from a measurement at the start, in place of a sweep.
+"""`optim.lr: auto`: the learning rate from a few short trials at the start, in place of a sweep.
 
-    lr = c / sqrt(n lambda)        lambda: largest eigenvalue of the Hessian over the n trained numbers, at the start
+    range    one step each at 1e-5, 3.2e-5, 1e-4, ... until the loss is `RISE` times the first: no rate above is tried
+    trials   from the rate below that one downwards in half decades, m steps each from the start, at a constant rate;
+             the loss on examples that none of them used says how good a rate is
+    stop     at the first rate that is worse than the best one above it
 
-Adam moves every coordinate by about lr, so a step has the norm lr sqrt(n), and along the most curved direction it costs
-n lambda lr^2 / 2: the best rates of methods as different as LoRA, VeRA and full fine-tuning spend the same there. The
-constant is calibrated (benchmarks/auto_rate.py; figures in docs/auto-rate.md) for optimizers whose steps are of that
-kind, `CALIBRATED`; others are refused.
+A trial whose loss rises by `RISE` ends early. m is the run's steps over `SHARE`, between `FEWEST` and `MOST`. Steps are
+those of the run's own optimizer, on half batches, those of the range on quarters (`Probe`). How near this comes to a
+sweep, at which cost, and why the rate is not taken from the loss's sharpness, lr = c / sqrt(n lambda), stands in
+docs/auto-rate.md with its figures.
 """
 
 from __future__ import annotations
@@ -22,17 +25,22 @@ from torch import nn
 
 from rankworks.core.errors import TrainingError
 from rankworks.train.batches import Example
-from rankworks.train.config import TrainConfig
-from rankworks.train.probe import probing
+from rankworks.train.config import OptimConfig, TrainConfig
+from rankworks.train.probe import Probe, probing
 from rankworks.train.processes import processes
 from rankworks.train.progress import Bar
-from rankworks.train.sharpness import sharpness
 
-CONSTANT = 1.1
-"""c: calibrated on the pairs that benchmarks/auto_rate_tasks.py lists as CALIBRATE."""
+LADDER = [float(f"{10 ** (k / 2):.3g}") for k in range(-12, 3)]
+"""Rates that are tried: half decades from 1e-6 to 10."""
 
-ITERATIONS = 6
-"""Products with the Hessian; more of them move the rate by a few per cent."""
+LOWEST = 1e-5
+"""Where the range begins."""
+
+RISE = 2.0
+"""A loss this many times the first one has left; at good rates it may rise by a half for a few steps."""
+
+SHARE, FEWEST, MOST = 8, 6, 16
+"""Steps of a trial: the run's over SHARE, between FEWEST and MOST."""
 
 FILE = "rate.json"
 
@@ -41,13 +49,15 @@ FILE = "rate.json"
 class MeasuredRate:
     """What `lr: auto` took and why.
 
-    lr: the peak rate; sharpness: the largest eigenvalue of the Hessian at the start; numbers: how many are trained;
-    passes: what the measurement cost, in forward-backward passes over a batch of the run; seconds: the same in time.
+    lr: the peak rate. trials: rate -> loss after `steps` steps at it, None where it diverged; start: that loss before
+    any step. passes: what the measurement cost, in forward-backward passes over a batch of the run; seconds: the same
+    in time.
     """
 
     lr: float
-    sharpness: float
-    numbers: int
+    trials: dict[str, float | None]
+    start: float
+    steps: int
     passes: float
     seconds: float
 
@@ -56,37 +66,97 @@ class MeasuredRate:
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        return (
-            f"{self.lr:g} = {CONSTANT:g} / sqrt({self.numbers:,} numbers x sharpness {self.sharpness:.3g}), measured "
-            f"at the cost of {self.passes:.3g} steps"
-        )
+        told = ", ".join(f"{rate}: {'left' if loss is None else f'{loss:.4g}'}" for rate, loss in self.trials.items())
+        what = f"the best of trials of {self.steps} steps (loss {self.start:.4g} before; {told})"
+        return f"{self.lr:g}, {what}, which cost as much as {self.passes:.3g} steps"
 
 
 def measure_rate(
-    model: nn.Module, examples: Sequence[Example], train: TrainConfig, *, pad: int = 0, progress: bool = True
+    model: nn.Module,
+    examples: Sequence[Example],
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    pad: int = 0,
+    progress: bool = True,
 ) -> MeasuredRate:
     """Measure the learning rate for a run of these settings on the model as it stands, which is left bit for bit.
 
     examples: of the run; its first ones are used. In a run of several processes all measure the same, and go on with
-    what the first found. Raises `TrainingError` where the loss has no finite curvature.
+    what the first found. Raises `TrainingError` where the loss is not finite at any rate.
     """
     started = time.monotonic()
-    bar = Bar("measuring the learning rate", 2 * ITERATIONS + 1, show=progress)
-    with bar, probing(model, examples, train, pad=pad, tick=bar.advance) as probe:
-        found = sharpness(probe.gradient, probe.parameters, iterations=ITERATIONS)
-    if not found.value > 0:
+    steps = trial_steps(train.total_steps(len(examples)))
+    bar = Bar("measuring the learning rate", len(LADDER), show=progress)
+    with bar, probing(model, examples, train, steps=max(steps, len(LADDER)), pad=pad) as probe:
+        start = probe.loss()
+        trials: dict[float, float | None] = {}
+        above, *rates = downwards(highest(probe, optim))
+        for rate in rates:
+            trials[rate] = trial(probe, optim, rate, steps)
+            bar.advance()
+            if decided(trials, start):
+                break
+        if best_of(trials) == rates[0]:
+            trials = {above: trial(probe, optim, above, steps), **trials}
+    best = best_of(trials)
+    if best is None or not math.isfinite(start):
         raise TrainingError(
-            "lr: auto found no direction in which the loss curves upwards, so no rate follows: give optim.lr a number, "
-            "e.g. 2e-4, or tune it with `rankworks compare`."
+            "lr: auto found no learning rate at which the loss stays finite: look at the data and the model, or give "
+            "optim.lr a number, e.g. 2e-4."
         )
-    rate = _rounded(CONSTANT / math.sqrt(found.numbers * found.value))
+    told = {f"{rate:g}": None if loss is None else round(loss, 6) for rate, loss in trials.items()}
     seconds = round(time.monotonic() - started, 3)
-    return _agreed(MeasuredRate(rate, found.value, found.numbers, round(probe.passes, 2), seconds))
+    return _agreed(MeasuredRate(best, told, round(start, 6), steps, round(probe.passes, 2), seconds))
 
 
-def _rounded(value: float) -> float:
-    """Two digits: what a measurement of this kind can tell."""
-    return float(f"{value:.2g}")
+def trial_steps(steps: int) -> int:
+    """Return the steps of a trial for a run of `steps`."""
+    return min(max(FEWEST, steps // SHARE), MOST)
+
+
+def highest(probe: Probe, optim: OptimConfig) -> float:
+    """Return the rate of the step after which the loss left, of steps at higher and higher rates."""
+    with probe.start(optim, quarter=True) as step:
+        first, last = None, LOWEST
+        for rate in (rate for rate in LADDER if rate >= LOWEST):
+            loss = step(rate)
+            first = loss if first is None else first
+            if not loss <= RISE * first:
+                break
+            last = rate
+    return last
+
+
+def downwards(highest: float) -> list[float]:
+    """Return the rates that may be tried, the highest first."""
+    return [rate for rate in reversed(LADDER) if rate <= highest]
+
+
+def trial(probe: Probe, optim: OptimConfig, rate: float, steps: int) -> float | None:
+    """Return the loss after some steps at a rate, None where it left on the way."""
+    with probe.start(optim) as step:
+        first = None
+        for _ in range(steps):
+            loss = step(rate)
+            first = loss if first is None else first
+            if not loss <= RISE * first:
+                return None
+        found = probe.loss()
+    return found if math.isfinite(found) else None
+
+
+def best_of(trials: dict[float, float | None]) -> float | None:
+    """Return the rate with the lowest loss, None where all diverged."""
+    known = {rate: loss for rate, loss in trials.items() if loss is not None}
+    return min(known, key=lambda rate: known[rate]) if known else None
+
+
+def decided(trials: dict[float, float | None], start: float) -> bool:
+    """Say whether the last trial, at the lowest rate, is worse than the best, and that one better than no step."""
+    *before, last = trials.values()
+    best = min((loss for loss in before if loss is not None), default=math.inf)
+    return best < start and (last is None or last > best)
 
 
 def _agreed(rate: MeasuredRate) -> MeasuredRate:
