@@ -39,7 +39,10 @@ class IncrementalSVD:
         self.spread: Tensor  # ()
 
     def update(self, rows: Tensor) -> Tensor | None:
-        """Take a batch (m, in), the first with m >= k; return |cos| (k,) between old and new directions, None for the first."""
+        """Take a batch (m, in), the first with m >= k; return |cos| (k,) between old and new directions.
+
+        None for the first.
+        """
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         m, before = len(rows), self.components
         mean = rows.mean(0)
