@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from workshop import Said, Workshop, furnish, rankworks
 
 import rankworks as rw
+from rankworks.train import load_config, load_task, train
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +117,26 @@ def test_merge_writes_a_model_that_equals_base_and_adapter(
 
 def test_the_base_is_known_from_the_run(finished: tuple[Workshop, Said], adapter: Path, tmp_path: Path) -> None:
     assert rankworks("merge", adapter.parent, "-o", tmp_path / "m", "--json").json["model"] == str(finished[0].model)
+
+
+@pytest.mark.parametrize("init", ["default", "{init: pissa, quantised: true}"])
+def test_the_base_of_a_quantised_run_is_quantised_alike(workshop: Workshop, tmp_path: Path, init: str) -> None:
+    """From the original weights and the run's settings come the base that the adapter was trained on, and its merge."""
+    said = rankworks("train", workshop.yaml, "model.quantise={bits: 3, block: 32}", f"adapt.init={init}", "--json")
+    assert said.status == 0, said.err
+    merged = rankworks("merge", workshop.folder / "run", "-o", tmp_path / "m", "--json")
+    assert merged.status == 0, merged.err
+    assert merged.json["verified"] < 1e-5
+    model, tokenizer = rw.load_model(tmp_path / "m")
+    task = load_task(load_config(workshop.yaml).data)  # type: ignore[arg-type]
+    again = train(rw.adapt(model, "lora"), tokenizer, task, {"train": {"steps": 1}}, progress=False)
+    assert again.before["accuracy"] == said.json["after"]["accuracy"]
+    whole = {n: p for n, p in rw.load_model(workshop.model)[0].named_parameters() if "embed" in n}
+    assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in whole.items())
+    other = shutil.copytree(workshop.model, tmp_path / "other")
+    said = rankworks("merge", workshop.folder / "run", "--model", other, "-o", tmp_path / "n")
+    assert said.status == 2  # a base that is named is taken as it is
+    assert "another base model" in said.err
 
 
 def test_a_classifier_is_merged_with_its_own_classes(workshop: Workshop, tmp_path: Path) -> None:

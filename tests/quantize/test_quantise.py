@@ -38,6 +38,13 @@ def test_it_is_deterministic_and_leaves_other_weights_alone() -> None:
     assert torch.equal(one.up.bias, Stack().up.bias)
 
 
+def test_without_a_rank_it_is_the_quantised_weight_alone() -> None:
+    one, two = Stack(), Stack()
+    assert rw.quantise(one, rank=None) == {}
+    rw.quantise(two, rank=4)  # LoftQ's first turn quantises first
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
 def test_a_16_bit_weight_is_rounded_once_more_and_the_product_knows() -> None:
     before = Stack(torch.bfloat16)
     model = copy.deepcopy(before)

@@ -17,6 +17,7 @@ from rankworks.core.build import check, needs_of, resolve
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
 from rankworks.core.evidence import MEASURED, Evidence, Need, as_needs
 from rankworks.core.progress import track
+from rankworks.core.registry import MethodSpec
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites
@@ -24,10 +25,18 @@ from rankworks.core.targets import find_sites
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def needed(model: nn.Module, spec: AdaptSpec) -> tuple[str, ...]:
-    """Return the statistics an adapter of this spec needs to know from data, in a fixed order; often none."""
-    resolved = resolve(model, spec)
-    return tuple(sorted({need.name for each in resolved for need in needs_of([each], spec)}))
+def needed(model: nn.Module, spec: AdaptSpec, given: Evidence | None = None) -> tuple[str, ...]:
+    """Return the statistics an adapter of this spec needs to know from data, in a fixed order; often none.
+
+    given: what is known already.
+    """
+    return tuple(sorted({need.name for each in resolve(model, spec) for need in _missing(each, spec, given)}))
+
+
+def _missing(each: tuple[Site, MethodSpec], spec: AdaptSpec, given: Evidence | None) -> tuple[Need, ...]:
+    """Return what a site needs and is not known of it."""
+    known = (given or {}).get(each[0].name, {})
+    return tuple(need for need in needs_of([each], spec) if not need.met(known))
 
 
 def calibrate(
@@ -39,6 +48,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     loss: Loss | None = None,
     masks: Callable[[Any], Masks] = masks_of,
+    given: Evidence | None = None,
     progress: bool = True,
 ) -> Evidence:
     """Return {site name: {statistic: tensor}} over the batches of `data`, for `adapt(..., evidence=...)`.
@@ -54,6 +64,7 @@ def calibrate(
         loss: `loss(model, batch)`, a scalar; by default `model(**batch).loss`.
         masks: `masks(batch)`, which tokens count in statistics of inputs; by default those of a mapping's
             `attention_mask`, and its `labels` where a statistic asks for learned tokens only.
+        given: what is known already of an `AdaptSpec`'s sites, and is not measured.
         progress: show a bar where it takes long.
 
     The model runs in eval mode, so that equal calls give equal numbers. Sums stand on the CPU in at least float32; on
@@ -64,7 +75,7 @@ def calibrate(
     if isinstance(needs, AdaptSpec):
         resolved = resolve(model, needs)
         check(resolved, needs)  # before the pass, which may be long
-        sites, wanted = [site for site, _ in resolved], {r[0].name: needs_of([r], needs) for r in resolved}
+        sites, wanted = [site for site, _ in resolved], {r[0].name: _missing(r, needs, given) for r in resolved}
     else:
         sites, same = find_sites(model, targets, exclude), as_needs(needs)
         wanted = {site.name: same for site in sites}

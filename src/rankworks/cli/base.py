@@ -13,7 +13,8 @@ def load_base(adapter: Path, name: str | None, dtype: str | None = None) -> tupl
     """Return (model, tokenizer, name) of the base of the adapter in folder `adapter`.
 
     name: a sample name, a folder or a hub id; None takes what the run that made the adapter used. A classifier gets the
-    classes it was trained with. Raises `ConfigError` where the base is not known, and what `load_model` raises.
+    classes it was trained with; a base that the run quantised is quantised alike. Raises `ConfigError` where the base
+    is not known, and what `load_model` raises.
     """
     from rankworks.core.hub import load_model
 
@@ -25,11 +26,25 @@ def load_base(adapter: Path, name: str | None, dtype: str | None = None) -> tupl
     if known.get("task") == "classification":
         options |= {"task": "classification", "labels": known.get("labels")}
     model, tokenizer = load_model(chosen, **options)
+    if known.get("quantise") and chosen == known.get("name"):
+        _quantise(model, known)
     return model, tokenizer, str(chosen)
 
 
+def _quantise(model: Any, known: Mapping[str, Any]) -> None:
+    """Bring the base to the values that the run's adapter was trained on, in the weights' own type."""
+    from rankworks.core.spec import AdaptSpec
+    from rankworks.train.config import ModelConfig
+    from rankworks.train.quantising import products, quantise_base
+
+    settings = ModelConfig(name=str(known["name"]), quantise=known["quantise"]).quantise
+    assert settings is not None
+    spec = AdaptSpec.from_flat({"delta": "lora", **known.get("adapt", {})})
+    quantise_base(model, settings.model_copy(update={"holder": "dense"}), products(model, spec))
+
+
 def made_with(adapter: Path) -> dict[str, Any]:
-    """Return what is known of an adapter's base: `name`, `dtype`, `task` and `labels` of its run, `recorded` in itself.
+    """Return what is known of an adapter's base: `name`, `dtype`, ... and `labels` of its run, `recorded` in itself.
 
     A run leaves its configuration and its measurements beside the adapter.
     """
@@ -42,7 +57,8 @@ def made_with(adapter: Path) -> dict[str, Any]:
     config = _read(run / "config.yaml", yaml.safe_load)
     model = config.get("model")
     if isinstance(model, Mapping):
-        known |= {key: model.get(key) for key in ("name", "dtype", "task")}
+        known |= {key: model.get(key) for key in ("name", "dtype", "task", "quantise")}
+        known["adapt"] = config.get("adapt")
     measured = _read(run / "before.json", json.loads)
     confusion = measured.get("confusion")
     if isinstance(confusion, Mapping):

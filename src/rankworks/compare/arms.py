@@ -19,7 +19,7 @@ from rankworks.core.config import read
 from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError, did_you_mean
 from rankworks.core.registry import TAGS, Method, MethodSpec, get, methods
 from rankworks.core.spec import AdaptSpec
-from rankworks.train.config import AUTO, CALIBRATED, OptimConfig
+from rankworks.train.config import AUTO, CALIBRATED, QUANTISED_WHOLE, OptimConfig
 
 AXES = {"deltas": "delta", "inits": "init", "ranks": "rank", "selections": "selection", "optimizers": "optimizer"}
 """What an axis is called in `methods`, in the order in which `all` goes through them."""
@@ -157,6 +157,8 @@ def _arm(config: CompareConfig, method: Method, settings: dict[str, Any], number
     whole = method is FULL or (config.adapt is None and method.axis == "optimizer" and "delta" not in settings)
     delta = settings.pop("delta", method.key if method.axis == "delta" else base.get("delta", "lora"))
     shared, left_out = ({}, set()) if whole else _shared(base, delta)
+    if whole and config.model is not None and config.model.quantise is not None:
+        raise ConfigError(f"{where}: {QUANTISED_WHOLE}.")
     if whole and settings:
         within = f" An optimizer's own stand within it: {{optimizer: {{name: {method.key}, ...}}}}."
         told = f"{where}: the whole model is trained, which has no {' and no '.join(settings)}."

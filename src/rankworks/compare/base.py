@@ -1,7 +1,8 @@
 """The one frozen base in memory that all arms share, and the proof that each of them gives it back bit for bit.
 
 A seed also decides what a base is born with: a new classification head, or all weights where the start is random. Those
-tensors are kept per seed and put in place before a run, so that `rankworks train` with this seed has the same base.
+tensors are kept per seed and put in place before a run, so that `rankworks train` with this seed has the same base. A
+quantised base may differ from one adapter to the next (compare/quantised.py).
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankworks.compare.quantised import PLAIN, QuantisedBase
 from rankworks.core.adapt import adapters, detach
 from rankworks.core.errors import TrainingError
+from rankworks.core.evidence import Evidence
 from rankworks.core.hub import load_model
 from rankworks.train.config import RunConfig
 from rankworks.train.processes import processes
+from rankworks.train.quantising import Products
 from rankworks.train.sources import Task
 
 CHUNK = 1 << 22
@@ -28,8 +32,10 @@ class Base:
     def __init__(self, config: RunConfig, task: Task, seed: int):
         self.config, self.task, self.seed = config, task, seed
         self.model, self.tokenizer = self._load(seed)
+        settings: Any = config.model
+        self.quantised = None if settings.quantise is None else QuantisedBase(self.model, settings.quantise)
         self._own: dict[int, dict[str, Tensor]] = {}  # per seed, what differs from the first one's base
-        self._sums = {seed: checksum(self.model)}
+        self._sums = {self._state: checksum(self.model)}
         self._first = seed
         self._copy: dict[str, Tensor] | None = None
         self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
@@ -46,11 +52,35 @@ class Base:
             **born(settings, seed),
         )
 
-    def use(self, seed: int) -> nn.Module:
-        """Return the model as it is born with a seed."""
-        settings: Any = self.config.model
-        if seed == self.seed or not born(settings, seed):
-            return self.model
+    def use(self, seed: int, wanted: Products = PLAIN) -> nn.Module:
+        """Return the model as it is born with a seed, quantised as an adapter's start wants it where it is quantised.
+
+        What that start is made of is then in `evidence`.
+        """
+        if seed != self.seed and born(self.config.model, seed):
+            if self.quantised is not None:
+                self.quantised.give_back()
+            self._turn(seed)
+            if self.quantised is not None:
+                self.quantised.take(wanted)
+        if self.quantised is not None:
+            self.quantised.switch(wanted)
+        if self._state not in self._sums:
+            self._sums[self._state] = checksum(self.model)
+        return self.model
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What quantising left over, or None where the base is not quantised."""
+        return None if self.quantised is None else self.quantised.evidence
+
+    @property
+    def _state(self) -> tuple[Any, ...]:
+        """What the base's bits follow from."""
+        return self.seed, () if self.quantised is None else self.quantised.state
+
+    def _turn(self, seed: int) -> None:
+        """Put the tensors of a seed in place."""
         tensors = dict(named_tensors(self.model))
         if self.seed != self._first:
             _fill(tensors, self._own[self._first])
@@ -59,8 +89,6 @@ class Base:
                 self._meet(seed, tensors)
             _fill(tensors, self._own[seed])
         self.seed = seed
-        self._sums.setdefault(seed, checksum(self.model))
-        return self.model
 
     def _meet(self, seed: int, tensors: dict[str, Tensor]) -> None:
         """Load the base of a seed and keep what differs from the first one's."""
@@ -86,7 +114,7 @@ class Base:
                 (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).clear()  # of layer-wise updates
                 parameter.requires_grad_(self._flags[name])
         self.model.eval()
-        if checksum(self.model) != self._sums[self.seed]:
+        if checksum(self.model) != self._sums[self._state]:
             raise TrainingError(
                 f"the arm {arm} left the base model changed, so what would come after it could not be trusted, and the "
                 "comparison stopped. Finished runs are kept: take the arm out of methods and give the command again."

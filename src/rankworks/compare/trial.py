@@ -21,6 +21,7 @@ from rankworks.calibrate import needed
 from rankworks.compare.arms import Arm
 from rankworks.compare.base import Base
 from rankworks.compare.config import CompareConfig
+from rankworks.compare.quantised import PLAIN
 from rankworks.compare.score import Scored, Scorer, Validator
 from rankworks.compare.tune import rung
 from rankworks.core.adapt import adapt
@@ -35,6 +36,7 @@ from rankworks.train.calibration import measure_evidence
 from rankworks.train.config import AUTO, Auto, RunConfig
 from rankworks.train.loop import History, Loop
 from rankworks.train.prepare import Prepared
+from rankworks.train.quantising import products, together
 from rankworks.train.rate import MeasuredRate, measure_rate
 from rankworks.train.search import chosen_spec, must_search, search, widest
 from rankworks.train.sources import Task
@@ -149,18 +151,19 @@ class Bench:
 
     @contextmanager
     def _adapted(self, arm: Arm, recipe: RunConfig) -> Iterator[nn.Module]:
-        model = self.base.use(recipe.train.seed)
+        spec = wide = None
+        if recipe.adapt is not None:
+            spec = AdaptSpec.from_flat({"delta": "lora", "seed": recipe.train.seed, "full": self.heads, **recipe.adapt})
+            wide = widest(self.base.model, spec) if must_search(spec) else spec
+        wanted = PLAIN if self.base.quantised is None else products(self.base.model, wide)
+        model = self.base.use(recipe.train.seed, wanted)
         try:
-            if recipe.adapt is None:
+            if spec is None or wide is None:
                 self.base.keep()
                 model.requires_grad_(True)
             else:
-                spec = AdaptSpec.from_flat(
-                    {"delta": "lora", "seed": recipe.train.seed, "full": self.heads, **recipe.adapt}
-                )
-                searching = must_search(spec)
-                evidence = self._evidence_of(model, widest(model, spec) if searching else spec, recipe)
-                if searching:
+                evidence = self._evidence_of(model, wide, recipe)
+                if wide is not spec:
                     found = search(
                         model, self.examples, spec, recipe, evidence=evidence, pad=self.prepared.pad, progress=False
                     )
@@ -174,9 +177,10 @@ class Bench:
                 raise BaseChangedError(str(error)) from None
 
     def _evidence_of(self, model: nn.Module, spec: AdaptSpec, recipe: RunConfig) -> Evidence | None:
-        """Return what the method asks to know of the data; it does not depend on the rate, so the last is kept."""
-        if not needed(model, spec):
-            return None
+        """Return what the method asks to know of the base and the data; the last is kept, since no rate changes it."""
+        known = self.base.evidence
+        if not needed(model, spec, known):
+            return known
         key = (spec.flat(), recipe.train.seed, recipe.train.batch_size)
         if self._evidence is None or self._evidence[0] != key:
             found = measure_evidence(
@@ -186,10 +190,11 @@ class Bench:
                 batches=recipe.calibrate.batches,
                 batch_size=recipe.train.batch_size,
                 seed=recipe.train.seed,
+                given=known,
                 progress=False,
             )
             self._evidence = key, found
-        return self._evidence[1]
+        return together(known, self._evidence[1])
 
     def _train(
         self,

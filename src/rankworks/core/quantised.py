@@ -41,6 +41,11 @@ def _example(shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 QUANTISED = Need(
-    NAME, source="which comes first: give evidence=rankworks.quantise(model, ...) of the bare model", example=_example
+    NAME,
+    source=(
+        "which comes first: give evidence=rankworks.quantise(model, ...) of the bare model, or model.quantise in a "
+        "recipe"
+    ),
+    example=_example,
 )
 """The need for it; data have no part in it."""

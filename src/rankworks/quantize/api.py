@@ -31,7 +31,7 @@ def quantise(
     code: Code = "nf",
     block: int = 64,
     init: Order = "loftq",
-    rank: int = 16,
+    rank: int | None = 16,
     iterations: int = 1,
     holder: Literal["dense", "bitsandbytes"] = "dense",
     progress: bool = True,
@@ -47,14 +47,14 @@ def quantise(
         targets, exclude: which weights, as in `adapt`.
         bits, code, block: 2 to 8 bits; "nf" normal float or "int" symmetric integers; weights per scale.
         init: the order in which product and quantised weight are found: `quantize/loop.py` says what each is good for.
-        rank, iterations: of the product; the rank is at most min(out, in) of a site.
+        rank, iterations: of the product; the rank is at most min(out, in) of a site. None: no product, and no SVD.
         holder: "dense" leaves the quantised values in the weight's own type (a 16-bit type rounds them once more, and
             the product makes good for that too); "bitsandbytes" replaces linear layers by its Linear4bit (4-bit "nf").
         progress: show a bar where it takes long.
 
     One layer at a time, deterministic. Raises `ConfigError` or `TargetError` with the model untouched.
     """
-    if rank < 1 or iterations < 1 or block < 1:
+    if (rank is not None and rank < 1) or iterations < 1 or block < 1:
         raise ConfigError(
             f"rank, iterations and block are at least 1, and were given as {rank}, {iterations}, {block}."
         )
@@ -73,9 +73,12 @@ def quantise(
             return dequantise_blocks(quantise_blocks(matrix, book, block)).to(stored).to(matrix.dtype)
 
         exact = site.weight.to(torch.promote_types(stored, torch.float32))  # (out, in)
-        quantised, product = split(exact, min(rank, *exact.shape), quant, init, iterations)
-        site.write(quantised)
-        evidence[site.name] = as_evidence(*product)
+        if rank is None:
+            site.write(quant(exact))
+        else:
+            quantised, product = split(exact, min(rank, *exact.shape), quant, init, iterations)
+            site.write(quantised)
+            evidence[site.name] = as_evidence(*product)
         if holder == "bitsandbytes":
             hold(model, site, block)
     return evidence

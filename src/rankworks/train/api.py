@@ -44,6 +44,7 @@ from rankworks.train.loop import Loop
 from rankworks.train.measure import Evaluator, Measured
 from rankworks.train.prepare import Prepared
 from rankworks.train.processes import processes
+from rankworks.train.quantising import products, quantise_base, together
 from rankworks.train.rate import FILE as RATE
 from rankworks.train.rate import MeasuredRate, measure_rate, read_rate
 from rankworks.train.result import Confusion, RunResult, Shown
@@ -117,20 +118,27 @@ def run(
 def _evidence(
     model: nn.Module, tokenizer: Any, task: Task, config: RunConfig, spec: AdaptSpec, progress: bool
 ) -> Evidence | None:
-    """Measure on the training data what the method asks to know before it starts; None where it asks nothing."""
-    if not needed(model, spec):
-        return None
-    show = progress and processes().is_main_process
+    """Quantise the base where the run says so, and measure on the training data what else the method asks to know.
+
+    None where there is nothing to know.
+    """
+    show, known = progress and processes().is_main_process, None
+    if config.model is not None and config.model.quantise is not None:
+        known = quantise_base(model, config.model.quantise, products(model, spec), show)
+    if not needed(model, spec, known):
+        return known
     prepared = Prepared(task, model, tokenizer, show)
-    return measure_evidence(
+    measured = measure_evidence(
         model,
         prepared,
         spec,
         batches=config.calibrate.batches,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
+        given=known,
         progress=show,
     )
+    return together(known, measured)
 
 
 def train(

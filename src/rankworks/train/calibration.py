@@ -27,11 +27,13 @@ def measure_evidence(
     batches: int,
     batch_size: int,
     seed: int = 0,
+    given: Evidence | None = None,
     progress: bool = True,
 ) -> Evidence:
     """Return what `spec` needs at its sites, measured on `batches` batches of the task's training records.
 
     The records are those a run of this seed sees first (each once), and the loss is the mean over a batch's labels.
+    given: what is known already, and is not measured.
     """
     records = prepared.task.train
     count = min(batches * batch_size, len(records))
@@ -45,7 +47,7 @@ def measure_evidence(
     def loss(_: nn.Module, item: tuple[Batch, Masks]):
         return objective.loss(item[0]) / max(1, item[0].learned)
 
-    return calibrate(model, data, spec, loss=loss, masks=lambda item: item[1], progress=progress)
+    return calibrate(model, data, spec, loss=loss, masks=lambda item: item[1], given=given, progress=progress)
 
 
 def masks_of(examples: Sequence[Example], batch: Batch) -> Masks:

@@ -23,6 +23,7 @@ from rankworks.core.errors import ConfigError, RankworksError, UnknownNameError
 from rankworks.core.hub.byte_level import BYTES
 from rankworks.core.registry import build, get, methods
 from rankworks.train.precision import Precision
+from rankworks.train.quantising import QuantiseConfig
 from rankworks.train.sources.config import DataConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -42,6 +43,9 @@ class ModelConfig(Config):
         default=None, description="start: random: settings of the model that are replaced, e.g. {hidden_size: 256}"
     )
     dtype: Dtype = Field(default="float32", description="type of the base weights")
+    quantise: QuantiseConfig | None = Field(
+        default=None, description="the frozen base is quantised first: nf4, int8, ... or a block; see train.quantising"
+    )
     device: str | None = Field(default=None, description="cpu, cuda, mps, ...; by default the fastest there is")
     task: Literal["causal-lm", "classification"] = Field(
         default="causal-lm", description="classification: a head of classes"
@@ -54,6 +58,8 @@ class ModelConfig(Config):
                 raise ValueError(f"{name} makes another model, which has no weights yet: give start: random with it")
         return self
 
+
+QUANTISED_WHOLE = "model.quantise is for a base that stays frozen, and the whole model would be trained: leave one out"
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -239,6 +245,12 @@ class RunConfig(Config):
     def _none(cls, value: Any) -> Any:
         """YAML's `none` is a word, its `null` is not: both mean no adapter."""
         return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _frozen(self) -> RunConfig:
+        if self.adapt is None and self.model is not None and self.model.quantise is not None:
+            raise ValueError(QUANTISED_WHOLE)
+        return self
 
 
 def load_config(source: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
