@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from training import adapted, make_examples, small_run, weights
 
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.train import api
+from rankworks.train.batches import Batch, Collator
 from rankworks.train.config import CALIBRATED, OptimConfig, TrainConfig, load_config
 from rankworks.train.loop import Loop, read_metrics
-from rankworks.train.rate import measure_rate
+from rankworks.train.objective import Objective
+from rankworks.train.probe import probing
+from rankworks.train.rate import Trial, decided, highest, measure_rate, trial, trial_steps
 from rankworks.train.result import RunResult
 
 TRAIN, OPTIM = TrainConfig(steps=6, batch_size=8), OptimConfig(lr="auto")
@@ -31,6 +37,96 @@ def test_measuring_leaves_the_model_and_chance_alone_and_repeats() -> None:
     assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
     assert all(p.grad is None for p in model.parameters())
     assert model.training
+
+
+def test_the_best_trial_is_taken_and_the_last_one_is_worse() -> None:
+    found = measure_rate(adapted(), make_examples(), TRAIN, OPTIM, progress=False)
+    known = {float(rate): loss for rate, loss in found.trials.items() if loss is not None}
+    rates = [float(rate) for rate in found.trials]
+    assert rates == sorted(rates, reverse=True)
+    assert found.lr == min(known, key=lambda rate: known[rate])
+    assert known[found.lr] < found.start
+    assert found.steps == 6
+
+
+def test_its_cost_is_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {True: 0, False: 0}
+    loss = Objective.loss
+
+    def counted(objective: Objective, batch: Batch) -> torch.Tensor:
+        rows[torch.is_grad_enabled()] += len(batch.labels)
+        return loss(objective, batch)
+
+    monkeypatch.setattr(Objective, "loss", counted)
+    train = TRAIN.model_copy(update={"batch_size": 16, "packing": False})
+    found = measure_rate(adapted(), make_examples(), train, OPTIM, progress=False)
+    assert rows[False] == 16 * (1 + sum(value is not None for value in found.trials.values()))
+    assert found.passes == pytest.approx((rows[True] + rows[False] / 3) / 16, abs=0.01)
+
+
+def test_steps_of_a_probe_are_those_of_the_optimizer_and_are_undone() -> None:
+    model, examples = adapted(), make_examples()
+    before, optim = weights(model), OptimConfig(lr=1.0, clip=None)
+    with probing(model, examples, TRAIN, steps=2) as probe:
+        with probe.start(optim) as step:
+            losses = [step(rate) for rate in (1e-2, 1e-3)]
+            after = weights(model)
+        assert all(torch.equal(p, before[n]) for n, p in weights(model).items())
+        order = probe.order
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for part, rate, seen in zip(order, (1e-2, 1e-3), losses, strict=True):
+        plain.zero_grad()
+        batch = Collator().batch(part)
+        loss = Objective(model).loss(batch) / batch.learned
+        loss.backward()
+        assert loss.item() == pytest.approx(seen, rel=1e-5)
+        plain.param_groups[0]["lr"] = rate
+        plain.step()
+    assert all(torch.allclose(p, after[n], atol=1e-7) for n, p in weights(model).items())
+
+
+class Bowl:
+    """A probe of one number x, whose loss 1 + x^2 starts at 2, under steps of a sign."""
+
+    def __init__(self) -> None:
+        self.x = 1.0
+
+    @contextlib.contextmanager
+    def start(self, _: OptimConfig, again: bool = False) -> Iterator[Callable[[float], float]]:
+        def step(rate: float) -> float:
+            loss = self.loss()
+            self.x -= rate * math.copysign(1, self.x)
+            return loss
+
+        yield step
+        self.x = 1.0
+
+    def loss(self) -> float:
+        return 1 + self.x**2
+
+
+def test_range_and_trials_of_a_bowl() -> None:
+    probe: Any = Bowl()
+    assert highest(probe, OPTIM) == 3.16  # x = 1 - 0.46 - 1 + 3.16: the loss is 8.3, and was 2
+    assert trial(probe, OPTIM, 3.16, 6) == Trial(None, False)
+    assert trial(probe, OPTIM, 0.1, 6) == Trial(pytest.approx(1 + 0.4**2), True)
+    assert [trial_steps(n) for n in (1, 48, 100, 128, 10_000)] == [6, 6, 12, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("trials", "ends"),
+    [
+        ({1.0: Trial(None, False), 0.3: Trial(1.2)}, False),  # nothing says that a lower one is worse
+        ({0.3: Trial(1.2), 0.1: Trial(1.3)}, True),
+        ({0.3: Trial(1.2), 0.1: Trial(None)}, True),
+        ({0.3: Trial(2.2), 0.1: Trial(2.3)}, False),  # none was better than no step
+        ({0.3: Trial(1.2, calm=False), 0.1: Trial(1.3)}, False),  # it may have been lucky
+        ({0.3: Trial(1.2, calm=False), 0.1: Trial(1.7)}, True),
+    ],
+)
+def test_when_the_trials_end(trials: dict[float, Trial], ends: bool) -> None:
+    assert decided(trials, 2.0) is ends
 
 
 def test_a_run_measures_trains_at_that_rate_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

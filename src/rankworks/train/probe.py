@@ -75,19 +75,19 @@ class Probe:
         return total / learned
 
     @contextlib.contextmanager
-    def start(self, optim: OptimConfig, quarter: bool = False) -> Iterator[Callable[[float], float]]:
+    def start(self, optim: OptimConfig, again: bool = False) -> Iterator[Callable[[float], float]]:
         """From the start on: yields a function that takes the next step at a rate; in the end all of them are undone.
 
-        quarter: of a batch, four examples or more, in place of a half. It returns the loss of the step's batch before
-        the step, which is not taken where that or its gradient is not finite: then NaN is returned.
+        again: every step on the same quarter of a batch, four examples or more, so that losses differ by the weights
+        alone. The function returns the loss of the step's batch before the step, which is not taken where that or its
+        gradient is not finite: then it returns NaN.
         """
         optimizer = make_optimizer(self.model, optim.name, 1.0, **optim.settings())
         factors = [group["lr"] for group in optimizer.param_groups]  # of methods that have rates of their own
-        order = iter(self.order)
+        order, quarter = iter(self.order), self.order[0][: max(4, self.size // 2)]
 
         def step(rate: float) -> float:
-            batch = next(order)
-            loss = self._gather(batch[: max(4, len(batch) // 2)] if quarter else batch)
+            loss = self._gather(quarter if again else next(order))
             if not (math.isfinite(loss) and self._clip(optim.clip)):
                 return math.nan
             for group, factor in zip(optimizer.param_groups, factors, strict=True):

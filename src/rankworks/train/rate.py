@@ -1,14 +1,16 @@
 """`optim.lr: auto`: the learning rate from a few short trials at the start, in place of a sweep.
 
-    range    one step each at 1e-5, 3.2e-5, 1e-4, ... until the loss is `RISE` times the first: no rate above is tried
+    range    one step each at 1e-5, 3.2e-5, 1e-4, ..., always on the same examples, until the loss is `ROSE` times the
+             first
     trials   from the rate below that one downwards in half decades, m steps each from the start, at a constant rate;
              the loss on examples that none of them used says how good a rate is
-    stop     at the first rate that is worse than the best one above it
+    stop     at the first rate that is worse than the best one above it; where the first one is the best, climb
 
-A trial whose loss rises by `RISE` ends early. m is the run's steps over `SHARE`, between `FEWEST` and `MOST`. Steps are
-those of the run's own optimizer, on half batches, those of the range on quarters (`Probe`). How near this comes to a
-sweep, at which cost, and why the rate is not taken from the loss's sharpness, lr = c / sqrt(n lambda), stands in
-docs/auto-rate.md with its figures.
+A trial whose loss is `LEFT` times the first ends early. One whose loss rose by `ROSE` may have been lucky in the end:
+then a rate counts as worse only if it brings less than half as much. m is the run's steps over `SHARE`, between
+`FEWEST` and `MOST`. Steps are those of the run's own optimizer, on half batches, those of the range on a quarter
+(`Probe`). How near this comes to a sweep, at which cost, and why the rate is not taken from the loss's sharpness,
+lr = c / sqrt(n lambda), stands in docs/auto-rate.md with its figures.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,8 +38,11 @@ LADDER = [float(f"{10 ** (k / 2):.3g}") for k in range(-12, 3)]
 LOWEST = 1e-5
 """Where the range begins."""
 
-RISE = 2.0
-"""A loss this many times the first one has left; at good rates it may rise by a half for a few steps."""
+ROSE = 1.3
+"""A loss this many times the first one is beyond what a good rate's first steps do, mostly."""
+
+LEFT = 2.0
+"""A loss this many times the first one does not come back."""
 
 SHARE, FEWEST, MOST = 8, 6, 16
 """Steps of a trial: the run's over SHARE, between FEWEST and MOST."""
@@ -90,22 +95,26 @@ def measure_rate(
     bar = Bar("measuring the learning rate", len(LADDER), show=progress)
     with bar, probing(model, examples, train, steps=max(steps, len(LADDER)), pad=pad) as probe:
         start = probe.loss()
-        trials: dict[float, float | None] = {}
-        above, *rates = downwards(highest(probe, optim))
-        for rate in rates:
-            trials[rate] = trial(probe, optim, rate, steps)
+        trials: dict[float, Trial] = {}
+        first = LADDER.index(highest(probe, optim)) - 1
+
+        def attempt(k: int) -> None:
+            trials[LADDER[k]] = trial(probe, optim, LADDER[k], steps)
             bar.advance()
+
+        for k in range(first, -1, -1):
+            attempt(k)
             if decided(trials, start):
                 break
-        if best_of(trials) == rates[0]:
-            trials = {above: trial(probe, optim, above, steps), **trials}
+        while best_of(trials) == max(trials) < LADDER[-1]:
+            attempt(LADDER.index(max(trials)) + 1)
     best = best_of(trials)
     if best is None or not math.isfinite(start):
         raise TrainingError(
             "lr: auto found no learning rate at which the loss stays finite: look at the data and the model, or give "
             "optim.lr a number, e.g. 2e-4."
         )
-    told = {f"{rate:g}": None if loss is None else round(loss, 6) for rate, loss in trials.items()}
+    told = {f"{rate:g}": _rounded(trials[rate].loss) for rate in sorted(trials, reverse=True)}
     seconds = round(time.monotonic() - started, 3)
     return _agreed(MeasuredRate(best, told, round(start, 6), steps, round(probe.passes, 2), seconds))
 
@@ -115,48 +124,58 @@ def trial_steps(steps: int) -> int:
     return min(max(FEWEST, steps // SHARE), MOST)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The loss after a trial, None where it left on the way; calm: whether it never rose by `ROSE`."""
+
+    loss: float | None
+    calm: bool = True
+
+
 def highest(probe: Probe, optim: OptimConfig) -> float:
-    """Return the rate of the step after which the loss left, of steps at higher and higher rates."""
-    with probe.start(optim, quarter=True) as step:
+    """Return the rate of the step after which the loss rose, of steps at higher and higher rates."""
+    with probe.start(optim, again=True) as step:
         first, last = None, LOWEST
-        for rate in (rate for rate in LADDER if rate >= LOWEST):
+        for rate in LADDER[LADDER.index(LOWEST) :]:
             loss = step(rate)
             first = loss if first is None else first
-            if not loss <= RISE * first:
+            if not loss <= ROSE * first:
                 break
             last = rate
     return last
 
 
-def downwards(highest: float) -> list[float]:
-    """Return the rates that may be tried, the highest first."""
-    return [rate for rate in reversed(LADDER) if rate <= highest]
-
-
-def trial(probe: Probe, optim: OptimConfig, rate: float, steps: int) -> float | None:
-    """Return the loss after some steps at a rate, None where it left on the way."""
+def trial(probe: Probe, optim: OptimConfig, rate: float, steps: int) -> Trial:
+    """Take some steps at a rate."""
     with probe.start(optim) as step:
-        first = None
+        first, calm = None, True
         for _ in range(steps):
             loss = step(rate)
             first = loss if first is None else first
-            if not loss <= RISE * first:
-                return None
+            calm = calm and loss <= ROSE * first
+            if not loss <= LEFT * first:
+                return Trial(None, False)
         found = probe.loss()
-    return found if math.isfinite(found) else None
+    return Trial(found if math.isfinite(found) else None, calm)
 
 
-def best_of(trials: dict[float, float | None]) -> float | None:
+def best_of(trials: Mapping[float, Trial]) -> float | None:
     """Return the rate with the lowest loss, None where all diverged."""
-    known = {rate: loss for rate, loss in trials.items() if loss is not None}
+    known = {rate: trial.loss for rate, trial in trials.items() if trial.loss is not None}
     return min(known, key=lambda rate: known[rate]) if known else None
 
 
-def decided(trials: dict[float, float | None], start: float) -> bool:
+def decided(trials: Mapping[float, Trial], start: float) -> bool:
     """Say whether the last trial, at the lowest rate, is worse than the best, and that one better than no step."""
-    *before, last = trials.values()
-    best = min((loss for loss in before if loss is not None), default=math.inf)
-    return best < start and (last is None or last > best)
+    best = best_of(trials)
+    if best is None or best == min(trials):
+        return False
+    gains = [start - (math.inf if t.loss is None else t.loss) for t in (trials[best], trials[min(trials)])]
+    return gains[0] > 0 and (trials[best].calm or gains[1] < gains[0] / 2)
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 6)
 
 
 def _agreed(rate: MeasuredRate) -> MeasuredRate:
