@@ -6,8 +6,10 @@
 
 A contender is any registered optimizer by its key (with `refresh` once at 10 and once at 200 where it has one), or one
 of the packages: galore-torch, galore-torch-adafactor, bitsandbytes (its 8-bit AdamW on this processor), adamw-fused,
-adamw-foreach. A case is one matrix with its rank: 1024x1024 of rank 128, the distinct weights of LLaMA 130M (rank 256)
-and 1B (rank 512), or `smollm2`: every weight of SmolLM2-135M at rank 128. Gradients are given, not computed.
+adamw-foreach; or `products`, the floor of whatever projects: G into the subspace and back, added to W, and nothing
+else. A case is one matrix with its rank: 1024x1024 of rank 128, the distinct weights of LLaMA 130M (rank 256) and 1B
+(rank 512), or `smollm2`: every weight of SmolLM2-135M at rank 128. Gradients are given, not computed. Cases measured
+alone take their places in a file that is there; `environments` says where the others were measured.
 
 One process; in a round every contender takes one step after the other. The first round, with the first subspace, is
 left out. `over_adamw` is the median of the rounds' ratios to torch's AdamW as it comes, which is what a step without a
@@ -19,6 +21,7 @@ README.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import warnings
@@ -36,6 +39,7 @@ SHAPES: dict[str, tuple[tuple[int, int], int]] = {
     "1b-down": ((2048, 5461), 512),
 }
 WHOLE_MODELS = 3  # contenders at a time where each has a model of its own, with gradients and state
+FLOOR = "products"
 PACKAGES = ("galore-torch", "galore-torch-adafactor", "bitsandbytes", "adamw-fused", "adamw-foreach")
 OURS = (
     "galore", "galore-adafactor", "galore-8bit", "galore-svd", "fira", "apollo", "frugal", "dct-adamw", "adamw8bit",
@@ -53,7 +57,7 @@ OFTEN, SELDOM = 10, 200
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="An optimizer's step beside AdamW's.")
     parser.add_argument("--cases", default="all", help=f"with commas: {', '.join(SHAPES)}, smollm2")
-    parser.add_argument("--optimizers", default=",".join((*OURS, *PACKAGES)), help="keys and packages, with commas")
+    parser.add_argument("--optimizers", default=parse_default(), help="keys and packages, with commas")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SETTING=VALUE")
     parser.add_argument("--rounds", type=int, default=30, help="rounded up to a multiple of 10")
     parser.add_argument("--threads", type=int, default=2)
@@ -73,18 +77,24 @@ def main() -> None:
     rounds = -(-options.rounds // OFTEN) * OFTEN
     result: dict[str, Any] = {"benchmark": "optimizers", "environment": common.environment(options.clock)}
     result["setting"] = {"dtype": "float32", "refresh": [OFTEN, SELDOM], "rounds": rounds, "side": "std"}
-    result["cases"] = {}
+    result |= {"environments": {}, "cases": {}}
     everything = options.cases == "all" and options.optimizers == parse_default()
     output = options.output or (common.RESULTS / "optimizers.json" if everything else None)
+    if output is not None and output.exists() and not everything:
+        before = json.loads(output.read_text())
+        result["environments"] = dict.fromkeys(before["cases"], before["environment"]) | before["environments"]
+        result["cases"] = before["cases"]
     for case in cases:
         common.note(f"{case}: {options.optimizers}")
         result["cases"][case] = measure(case, options, rounds)
+        result["environments"].pop(case, None)  # the one above
         common.write(result, output)
     common.finish(result, output)
 
 
 def parse_default() -> str:
-    return ",".join((*OURS, *PACKAGES))
+    """All contenders."""
+    return ",".join((FLOOR, *OURS, *PACKAGES))
 
 
 def measure(case: str, options: argparse.Namespace, rounds: int) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def refreshes(name: str) -> bool:
     """Whether a contender finds subspaces now and then."""
     from rankworks.core.registry import build
 
-    if name in PACKAGES:
+    if name in PACKAGES or name == FLOOR:
         return name.startswith("galore")
     return "refresh" in type(build("optimizer", SPELT.get(name, {"optimizer": name}))).model_fields
 
@@ -178,6 +188,8 @@ def contender(
         layer.weight.data.normal_(std=0.02, generator=generator)
         layer.weight.grad = 1e-3 * torch.randn(shape, generator=generator)
         model.layers.append(layer)
+    if name == FLOOR:
+        return products(model, rank), lambda: 0
     optimizer = package(name, model, rank) if name in PACKAGES else ours(name, model, rank, settings)
 
     def kept() -> int:
@@ -186,6 +198,25 @@ def contender(
         return sum(t.numel() * t.element_size() for t in tensors if t.ndim and t.numel() > 1)
 
     return optimizer.step, kept
+
+
+def products(model: Any, rank: int) -> Callable[[], None]:
+    """The gradient of every linear layer into a subspace of its shorter side, and back, added to the weight."""
+    import torch
+    from torch import nn
+
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    bases = [torch.linalg.qr(torch.randn(min(w.shape), min(rank, *w.shape))).Q.contiguous() for w in weights]
+
+    @torch.no_grad()
+    def step() -> None:
+        for W, Q in zip(weights, bases, strict=True):
+            if W.shape[0] >= W.shape[1]:
+                W.addmm_(W.grad @ Q, Q.t(), alpha=-1e-3)
+            else:
+                W.addmm_(Q, Q.t() @ W.grad, alpha=-1e-3)
+
+    return step
 
 
 def ours(name: str, model: Any, rank: int, settings: dict[str, Any]) -> Any:
