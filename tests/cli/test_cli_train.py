@@ -71,6 +71,16 @@ def test_the_three_commands_it_names_work_as_printed(finished: tuple[Workshop, S
     assert second["adapt"]["delta"] == "dora"
 
 
+def test_a_rate_that_is_measured_is_told(workshop: Workshop) -> None:
+    said = rankworks("train", workshop.yaml, "train.steps=1", "optim.lr=auto", "--json", "--no-report")
+    assert said.status == 0, said.err
+    rate = said.json["rate"]
+    assert said.err.count(f"{rate['lr']:g}, the best of trials of {rate['steps']} steps") == 2  # before and after
+    refused = rankworks("train", workshop.yaml, "optim.name=sgd", "optim.lr=auto")
+    assert refused.status == 2
+    assert "not for sgd: give lr a number" in " ".join(refused.err.split())
+
+
 def test_overrides_and_the_output_option_win(workshop: Workshop) -> None:
     place = workshop.folder / "else where" / "1e3"  # a name that YAML would take for a number
     said = rankworks("train", workshop.yaml, "train.steps=1", "optim.lr=2e-3", "--output", place, "--json")
