@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from rankworks.cli.options import AsJson
 from rankworks.cli.output import output, table
 
 
@@ -21,9 +22,7 @@ def check(
     axis: Annotated[
         str | None, typer.Option(help="The axis of KEY, where two have one of that name.", show_default=False)
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the conformance checks on a method, also on one of your own.
 

@@ -10,6 +10,7 @@ import typer
 from rich.measure import Measurement
 from rich.table import Table
 
+from rankworks.cli.options import AsJson, Folder, Overrides
 from rankworks.cli.output import Output, command, complain, facts, output, short, table
 
 if TYPE_CHECKING:
@@ -18,18 +19,8 @@ if TYPE_CHECKING:
 
 def compare(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a recipe's name.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Settings that replace the file's, e.g. budget.trials=8", show_default=False
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for everything that is written.", show_default="runs/<name of FILE>"
-        ),
-    ] = None,
+    overrides: Overrides = None,
+    folder: Folder = None,
     storage: Annotated[
         str | None,
         typer.Option(help="Optuna storage URL that several processes share.", show_default="study.db in the folder"),
@@ -37,9 +28,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Keep what is finished, or delete the study and begin anew.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare methods with equal tuning, and tell what is noise.
 

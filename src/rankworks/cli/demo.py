@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from rankworks.cli import compare as comparison
+from rankworks.cli.options import AsJson, Overrides
 from rankworks.cli.output import output
-from rankworks.cli.train import Overrides, conduct
+from rankworks.cli.train import conduct
 
 RECIPE = "smollm2-bbc-lora"
 COMPARED = "compare-demo"
@@ -21,9 +22,7 @@ def demo(
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Compare four methods on a small encoder afterwards.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The first five minutes: a model learns BBC News, and four ways are tried.
 

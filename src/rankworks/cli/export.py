@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankworks.cli.options import AsJson
 from rankworks.cli.output import Output, facts, output, short, table
 from rankworks.core.errors import ExportError
 
@@ -32,9 +33,7 @@ def export(
         typer.Option(help="lora, gguf: share of each change's squared norm to keep, e.g. 0.99.", show_default=False),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the written numbers.", show_default=False)] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter for use elsewhere, and say how exact that is.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankworks.cli.options import AsJson
 from rankworks.cli.output import Output, facts, output, short, table
 
 TAGGED = ("delta", "init", "ranks", "select")
@@ -23,9 +24,7 @@ def inspect(
         str | None, typer.Option(help="Its base: also show how much each weight changes.", show_default=False)
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help=f"List every site, not only {FEW}.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show an adapter: method, settings, base, and its tensors per site.
 

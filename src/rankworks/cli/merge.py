@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rankworks.cli.export import write
+from rankworks.cli.options import AsJson
 
 Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder (ours or PEFT's), or the folder of a run.")
@@ -26,9 +27,7 @@ def merge(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
     model: Base = None,
     dtype: Dtype = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write the whole model.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankworks.cli.options import AsJson
 from rankworks.cli.output import Output, facts, output, table
 
 
@@ -40,9 +41,7 @@ def plan(
         int | None, typer.Option(help="With --all: the rank that trains about so many parameters.", show_default=False)
     ] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="List the built-in shapes and leave.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count parameters and estimate memory, for any model and method.
 

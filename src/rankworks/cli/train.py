@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankworks.cli.options import AsJson, Folder, Overrides
 from rankworks.cli.output import Output, command, complain, output, short
 
 if TYPE_CHECKING:
     from rankworks.train.config import RunConfig
     from rankworks.train.result import RunResult
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Settings that replace the file's, e.g. optim.lr=1e-3", show_default=False
-    ),
-]
 
 
 def train(
@@ -26,19 +20,12 @@ def train(
         str, typer.Argument(metavar="FILE", help="A YAML file, a recipe's name, or an earlier run's folder.")
     ],
     overrides: Overrides = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for everything the run writes.", show_default="runs/<name of FILE>"
-        ),
-    ] = None,
+    folder: Folder = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on with the unfinished run the folder holds, or start over.")
     ] = True,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON; the rest goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model: measure it, adapt it, train, measure again, save.
 
