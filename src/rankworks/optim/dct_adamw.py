@@ -26,7 +26,6 @@ Source: arXiv:2505.17967, algorithm of DCT-AdamW, and its released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -34,14 +33,13 @@ from torch import Tensor, nn
 
 from rankworks.core.codes.rows import Rows, dequantise_rows, quantise_rows, row_bytes
 from rankworks.core.fields import Positive, Rank, Setting
-from rankworks.core.optim.adamw import adamw_update
+from rankworks.core.optim.cosine import AlongCosines, matrices_at, short_basis
 from rankworks.core.optim.dct import INDEX, Route, Vectors, basis_rows, moved_columns, select
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
 from rankworks.core.optim.moments import adam_direction
-from rankworks.core.optim.projection import Basis, add_back, projected_shape
-from rankworks.core.optim.stepwise import Stepwise, count_step
+from rankworks.core.optim.projection import add_back, projected_shape
+from rankworks.core.optim.stepwise import count_step
 from rankworks.core.registry import optimizer
-from rankworks.core.targets import find_sites
 
 BITS: dict[str, Any] = {"8bit": 8, "4bit": 4}
 SETTINGS = ("rank", "refresh", "feedback", "rotate", "norm", "vectors", "route", "betas", "eps")
@@ -70,7 +68,7 @@ class DCTAdamW(OptimizerMethod):
 
     def groups(self, model: nn.Module, lr: float) -> list[Group]:
         """The projected weights, and the others."""
-        chosen = {id(s.tensor) for s in find_sites(model, self.targets) if s.tensor.dim() == 2}
+        chosen = matrices_at(model, self.targets)
 
         def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
             return 1.0, {"projected": id(parameter) in chosen and max(parameter.shape) < self.largest}
@@ -94,23 +92,16 @@ class DCTAdamW(OptimizerMethod):
         return moments + INDEX * min(self.rank, *shape) + feedback
 
 
-class ProjectedDCT(Stepwise):
+class ProjectedDCT(AlongCosines):
     """State: step, exp_avg, exp_avg_sq, and of what is projected `index`; feedback, or its codes and edges."""
 
-    def __init__(self, groups: Iterable[Group], **defaults: Any):
-        super().__init__(groups, projected=False, **defaults)
-
-    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
+    def project(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         """One step along the direction of AdamW on R, taken back."""
-        if not group["projected"]:
-            adamw_update(parameter, gradient, state, group)
-            return
         right = parameter.shape[0] >= parameter.shape[1]
         t = count_step(state)
         A = _with_feedback(state, gradient, group["feedback"])
         R = self._projected(A, state, group, t, right)
-        rows = basis_rows(state["index"], min(parameter.shape), R, group["vectors"])  # (r, S)
-        basis = Basis(None, rows.t()) if right else Basis(rows.t(), None)
+        basis = short_basis(state["index"], R, parameter.shape, group["vectors"])
         if group["feedback"] != "none":
             add_back(A, basis, R, -1.0)
             _keep_feedback(state, A, group["feedback"])

@@ -24,20 +24,17 @@ Source: arXiv:2505.17967, algorithm of Trion, and its released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankworks.core.fields import Positive, Probability, Rank, Setting
-from rankworks.core.optim.adamw import adamw_update
-from rankworks.core.optim.dct import Route, Vectors, basis_rows, select
+from rankworks.core.optim.cosine import AlongCosines, matrices_at, short_basis
+from rankworks.core.optim.dct import Route, Vectors, select
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
-from rankworks.core.optim.projection import Basis, add_back
-from rankworks.core.optim.stepwise import Stepwise
+from rankworks.core.optim.projection import add_back
 from rankworks.core.registry import optimizer
-from rankworks.core.targets import find_sites
 from rankworks.linalg.newton_schulz import newton_schulz
 
 Size = Literal["none", "kj", "kimi", "dion"]
@@ -67,7 +64,7 @@ class Trion(OptimizerMethod):
 
     def groups(self, model: nn.Module, lr: float) -> list[Group]:
         """The projected weights, and the others at their own rate."""
-        chosen = {id(s.tensor) for s in find_sites(model, self.targets) if s.tensor.dim() == 2}
+        chosen = matrices_at(model, self.targets)
 
         def mark(name: str, parameter: nn.Parameter) -> tuple[float, Group]:
             projected = id(parameter) in chosen
@@ -85,24 +82,17 @@ class Trion(OptimizerMethod):
         return (1 if group["projected"] else 2) * parameter.numel() * parameter.element_size()
 
 
-class OrthogonalDCT(Stepwise):
+class OrthogonalDCT(AlongCosines):
     """State: momentum of what is projected; step, exp_avg, exp_avg_sq of the rest."""
 
-    def __init__(self, groups: Iterable[Group], **defaults: Any):
-        super().__init__(groups, projected=False, **defaults)
-
-    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
-        """One orthogonal step, or AdamW's."""
-        if not group["projected"]:
-            adamw_update(parameter, gradient, state, group)
-            return
+    def project(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
+        """One orthogonal step."""
         m, n = parameter.shape
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         M = state["momentum"].add_(gradient)
         index, b = select(M, group["rank"], m >= n, group["norm"], group["vectors"], group["route"])
-        columns = basis_rows(index, min(m, n), M, group["vectors"]).t()  # (S, r)
-        basis = Basis(None, columns) if m >= n else Basis(columns, None)
+        basis = short_basis(index, M, (m, n), group["vectors"])
         add_back(M, basis, b, group["momentum"] - 1)
         kind = torch.bfloat16 if group["precision"] == "bfloat16" else torch.promote_types(b.dtype, torch.float32)
         o = newton_schulz(b.to(kind), group["iterations"]).to(b.dtype)
