@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from training import make_loop  # type: ignore[import-not-found]
+from training import make_loop, weights  # type: ignore[import-not-found]
 
 from rankworks.core.hooks import Hook, Moment
 from rankworks.train.checkpoint import trained_tensors
@@ -68,3 +68,34 @@ def check_resumes(folder: Path, name: str, options: dict[str, Any], stop: int = 
     resumed = trained_tensors(second.model)
     for key, tensor in trained_tensors(wanted.model).items():
         assert torch.equal(resumed[key], tensor), key
+
+
+def check_is_plain_lora(name: str, options: dict[str, Any]) -> None:
+    """With these options a method's steps on an adapter are AdamW's, bit for bit."""
+    runs = [make_loop(steps=4, name=name, options=options), make_loop(steps=4)]
+    for run in runs:
+        run.run()
+    for key, tensor in weights(runs[0].model).items():
+        assert torch.equal(tensor, weights(runs[1].model)[key]), key
+
+
+def check_perturbs(folder: Path, name: str, options: dict[str, Any]) -> None:
+    """A method that trains at perturbed weights learns, leaves the base, resumes bit for bit; its first step is plain.
+
+    There is no gradient or momentum yet that the first perturbation could be sized by.
+    """
+    settings: dict[str, Any] = {"name": name, "steps": 8, "accumulate": 2, "options": options}
+    whole = make_loop(**settings)
+    base = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
+    losses = whole.run().losses
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert all(torch.equal(p, base[n]) for n, p in whole.model.named_parameters() if n in base)
+    plain = make_loop(steps=8, accumulate=2).run().losses
+    assert losses[0] == plain[0]
+    assert losses[1] != plain[1]
+    make_loop(**settings, save_every=3, folder=folder).run()
+    later = make_loop(**settings, save_every=3, folder=folder)
+    assert later.restore()
+    later.run()
+    for key, tensor in weights(whole.model).items():
+        assert torch.equal(weights(later.model)[key], tensor), key

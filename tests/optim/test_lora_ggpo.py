@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import check_is_plain_lora, check_perturbs
 from pairing import draw
 from torch import Tensor, nn
 from training import adapted, make_loop, weights
@@ -208,29 +209,11 @@ def test_convolutions_embeddings_and_grouped_kernels_have_noise() -> None:
 
 @pytest.mark.parametrize("settings", [{"sigma": 0.0}, {"sigma": 0.0, "beta": 0.0, "form": "deviation"}])
 def test_without_size_it_is_lora_bit_for_bit(settings: dict[str, Any]) -> None:
-    runs = [make_loop(steps=4, name="lora-ggpo", options=settings), make_loop(steps=4)]
-    for run in runs:
-        run.run()
-    for name, tensor in weights(runs[0].model).items():
-        assert torch.equal(tensor, weights(runs[1].model)[name])
+    check_is_plain_lora("lora-ggpo", settings)
 
 
 def test_a_run_learns_resumes_bit_for_bit_and_leaves_the_base(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"name": "lora-ggpo", "steps": 8, "accumulate": 2, "options": {"sigma": 0.2}}
-    whole = make_loop(**settings)
-    base = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
-    losses = whole.run().losses
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert all(torch.equal(p, base[n]) for n, p in whole.model.named_parameters() if n in base)
-    plain = make_loop(steps=8, accumulate=2).run().losses
-    assert losses[0] == plain[0], "no gradient yet, no noise"
-    assert losses[1] != plain[1]
-    make_loop(**settings, save_every=3, folder=tmp_path).run()
-    later = make_loop(**settings, save_every=3, folder=tmp_path)
-    assert later.restore()
-    later.run()
-    for key, tensor in weights(whole.model).items():
-        assert torch.equal(weights(later.model)[key], tensor), key
+    check_perturbs(tmp_path, "lora-ggpo", {"sigma": 0.2})
 
 
 def test_recomputed_layers_see_the_same_noise() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from by_hf import check_learned_and_resumed, trained
+from loops import check_is_plain_lora, check_perturbs
 from pairing import draw
 from torch import Tensor, nn
-from training import adapted, make_loop, weights
-from transformers import Trainer, TrainingArguments
+from training import adapted, make_loop
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TrainingError
@@ -19,7 +19,6 @@ from rankworks.core.hooks import Moment
 from rankworks.core.optim.pairs import trained_pairs
 from rankworks.optim.lora_mgpo import moments_of
 from rankworks.plan.states import optimizer_bytes
-from rankworks.train.hooks import HookCallback
 from tiny import tiny_llama, token_batch
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -163,29 +162,11 @@ def test_a_momentum_of_zero_perturbs_nothing() -> None:
 
 
 def test_without_size_it_is_lora_bit_for_bit() -> None:
-    runs = [make_loop(steps=4, name="lora-mgpo", options={"rho": 0.0}), make_loop(steps=4)]
-    for run in runs:
-        run.run()
-    for name, tensor in weights(runs[0].model).items():
-        assert torch.equal(tensor, weights(runs[1].model)[name])
+    check_is_plain_lora("lora-mgpo", {"rho": 0.0})
 
 
 def test_a_run_learns_resumes_bit_for_bit_and_leaves_the_base(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"name": "lora-mgpo", "steps": 8, "accumulate": 2}
-    whole = make_loop(**settings)
-    base = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
-    losses = whole.run().losses
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert all(torch.equal(p, base[n]) for n, p in whole.model.named_parameters() if n in base)
-    plain = make_loop(steps=8, accumulate=2).run().losses
-    assert losses[0] == plain[0], "the first step is not perturbed"
-    assert losses[1] != plain[1]
-    make_loop(**settings, save_every=3, folder=tmp_path).run()
-    later = make_loop(**settings, save_every=3, folder=tmp_path)
-    assert later.restore()
-    later.run()
-    for key, tensor in weights(whole.model).items():
-        assert torch.equal(weights(later.model)[key], tensor), key
+    check_perturbs(tmp_path, "lora-mgpo", {})
 
 
 def test_evaluation_is_plain_and_nothing_is_left_between_steps() -> None:
@@ -202,36 +183,11 @@ def test_evaluation_is_plain_and_nothing_is_left_between_steps() -> None:
 
 
 def test_the_hf_trainer(tmp_path: Path) -> None:
-    """The same steps as by hand, resumed from a checkpoint with its hook."""
-    rows = torch.randint(3, 250, (24, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
-    settings = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=10,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="steps",
-        save_steps=4,
-        use_cpu=True,
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
-    )
-
-    def trained(resume: str | None = None) -> tuple[nn.Module, Trainer]:
-        model = adapted()
-        optimizer = rw.make_optimizer(model, "lora-mgpo", lr=1e-2, rho=0.5)
-        trainer = Trainer(model, settings, train_dataset=data, callbacks=[HookCallback()], optimizers=(optimizer, None))
-        trainer.train(resume_from_checkpoint=resume)
-        return model, trainer
-
-    model, trainer = trained()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    again, _ = trained(str(tmp_path / "checkpoint-4"))
-    for key, tensor in weights(model).items():
-        torch.testing.assert_close(weights(again)[key], tensor, atol=1e-6, rtol=0)
+    """Resumed from a checkpoint with its hook."""
+    options, lengths = {"lr": 1e-2, "rho": 0.5}, {"max_steps": 10, "save_steps": 4}
+    model, losses = trained(tmp_path, "lora-mgpo", options, **lengths)
+    again, _ = trained(tmp_path, "lora-mgpo", options, resume="checkpoint-4", **lengths)
+    check_learned_and_resumed(model, losses, again)
 
 
 def test_the_exported_adapter_is_plain_lora_and_the_state_the_bases() -> None:
