@@ -176,7 +176,7 @@ def test_where_no_rule_was_calibrated_it_is_refused(name: str) -> None:
     assert load_config({}, [f"optim.name={CALIBRATED[0]}", "optim.lr=auto"]).optim.lr == "auto"
 
 
-@pytest.mark.parametrize("value", ["0", "-1e-3", "fast", "true", "[1e-3]", "null"])
+@pytest.mark.parametrize("value", ["0", "-1e-3", ".inf", "fast", "true", "[1e-3]", "null"])
 def test_other_rates_are_refused_in_one_sentence(value: str) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr: a learning rate is a number above 0, or auto"):
         load_config({}, [f"optim.lr={value}"])

@@ -95,8 +95,9 @@ class OptimConfig(Config):
     @classmethod
     def _rate(cls, value: Any) -> Any:
         """Refuse in one sentence: a choice of types would be refused in one for each."""
-        if value == AUTO or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
-            return value
+        number = float(value) if isinstance(value, str) and _number(value) != value else value  # "1e-3"
+        if number == AUTO or (type(number) in (int, float) and 0 < number < math.inf):
+            return number
         raise ValueError("a learning rate is a number above 0, or auto")
 
     @field_validator("name")
