@@ -1,8 +1,8 @@
 """How near `optim.lr: auto` comes to a sweep, and at which cost: pairs of a method and a task, some for calibration.
 
     improvement = held-out loss before - after the run
-    sweep       runs in half decades around the measured rate, two below and one above, widened until the best of them
-                lies inside; its improvement is what the measured rate's is a share of
+    sweep       runs in half decades: at the measured rate and on both sides of it, and on until the best of them lies
+                inside; its improvement is what the measured rate's is a share of
     cost        forward-backward passes of the measurement over those of a sweep of `TRIALS` runs
 
 Beside it the rates of the sharpness law, lr = c / sqrt(n lambda), at the constant that serves the calibration pairs
@@ -44,6 +44,10 @@ class Cells:
         lines = file.read_text().splitlines() if file.exists() else []
         self.known: dict[str, dict[str, Any]] = {(cell := json.loads(line))["cell"]: cell for line in lines}
 
+    def has(self, key: list[Any]) -> bool:
+        """Say whether a cell is finished."""
+        return json.dumps(key, sort_keys=True) in self.known
+
     def get(self, key: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a finished cell, made now if it was not before."""
         name = json.dumps(key, sort_keys=True)
@@ -76,8 +80,9 @@ def pair(cells: Cells, task: str, method: str) -> dict[str, Any]:
         sweep[k] = -math.inf if cell["after"] is None else cell["before"] - cell["after"]
 
     at = round(2 * math.log10(found["lr"]))
-    for k in (at, at - 1, at + 1, at - 2):
-        run(k)
+    for k in range(-12, 4):
+        if abs(k - at) <= 1 or cells.has(["run", *what, k]):
+            run(k)
     while (best := max(sweep, key=lambda k: sweep[k])) in (min(sweep), max(sweep)) and abs(best - at) < 6:
         run(best - 1 if best == min(sweep) else best + 1)
     return {
@@ -239,7 +244,8 @@ def main() -> None:
     if rows["calibrate"]:
         result = {"benchmark": "auto_rate", "environment": common.environment("none"), "trials": TRIALS}
         result |= {"settings": {task: asdict(s) for task, s in tasks.SETTINGS.items()}, "methods": tasks.METHODS}
-        result |= {"summary": table(rows), "pairs": rows, "unfinished": unfinished}
+        told = [{"side": side, **row} for side, found in rows.items() for row in found]
+        result |= {"summary": table(rows), "pairs": told, "unfinished": unfinished}
         whole = asked.side == "both" and asked.only is None and asked.methods is None
         common.finish(result, asked.output or (common.RESULTS / "auto_rate.json" if whole else None))
 
