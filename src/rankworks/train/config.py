@@ -95,8 +95,9 @@ class OptimConfig(Config):
     @classmethod
     def _rate(cls, value: Any) -> Any:
         """Refuse in one sentence: a choice of types would be refused in one for each."""
-        number = float(value) if isinstance(value, str) and _number(value) != value else value  # "1e-3"
-        if number == AUTO or (type(number) in (int, float) and 0 < number < math.inf):
+        number: Any = float(value) if isinstance(value, str) and _number(value) != value else value  # "1e-3"
+        proper = isinstance(number, int | float) and not isinstance(number, bool)
+        if number == AUTO or (proper and 0 < number < math.inf):
             return number
         raise ValueError("a learning rate is a number above 0, or auto")
 
