@@ -44,14 +44,16 @@ def document_attention(
     documents: Sequence[int] | None = settings.pop("documents", None)
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    window = settings.get("sliding_window")
     kind = compute_dtype(query)  # which may be autocast's
     if kind == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and max(documents) <= SHORT:
         with no_autocast(query):
-            out, _ = document_attention(
-                module, query.float(), key.float(), value.float(), None, documents=documents, **settings
-            )
-        return out.to(kind), None
+            return _apart(query.float(), key.float(), value.float(), documents, settings).to(kind), None
+    return _apart(query, key, value, documents, settings), None
+
+
+def _apart(query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], settings: dict[str, Any]) -> Tensor:
+    """Each document's attention, one behind the other: (1, width, heads, size)."""
+    window = settings.get("sliding_window")
     parts = []
     for q, k, v in zip(query.split(documents, 2), key.split(documents, 2), value.split(documents, 2), strict=True):
         near = None if window is None or q.shape[2] <= window else _within(q.shape[2], window, q.device)
@@ -66,7 +68,7 @@ def document_attention(
             enable_gqa=k.shape[1] != q.shape[1],
         )
         parts.append(out.transpose(1, 2))  # (1, length, heads, size)
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
 
 
 def _within(length: int, window: int, device: torch.device) -> Tensor:
