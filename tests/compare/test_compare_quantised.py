@@ -104,3 +104,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = rw.load_model(settings["model"]["name"])[0]
     with pytest.raises(ConfigError, match="use holder: dense"):
         QuantisedBase(model, QuantiseConfig(holder="bitsandbytes"))
+
+
+def test_a_start_from_what_quantising_lost_is_skipped_where_nothing_was_quantised(tmp_path: Path) -> None:
+    settings = small_compare(
+        tmp_path,
+        methods=["lora", "loftq", QPISSA],
+        budget={"trials": 1, "steps": 1, "seeds": 1},
+        tune={"lr": 1e-2, "widen": 0},
+    )
+    result = compare(settings, progress=False)
+    assert [row.method for row in result.leaderboard] == ["lora"]
+    assert [skipped.label for skipped in result.skipped] == ["loftq", "qpissa"]
+    assert all("give model: {quantise: nf4}" in skipped.reason for skipped in result.skipped)

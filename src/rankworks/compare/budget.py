@@ -17,6 +17,7 @@ from rankworks.compare.arms import Arm, Refused
 from rankworks.compare.config import BudgetConfig
 from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.progress import track
+from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_modules
 from rankworks.plan import Plan, format_bytes, optimizer_bytes, parse_bytes, rank_for_budget
 from rankworks.plan.compared import HIGHEST_RANK, with_rank
@@ -24,6 +25,7 @@ from rankworks.plan.make import Step, plan_on
 from rankworks.plan.source import Source, open_source
 from rankworks.plan.trace import step_inputs, trace_step
 from rankworks.train.config import OptimConfig, RunConfig
+from rankworks.train.quantising import products
 from rankworks.train.search import must_search, widest
 
 
@@ -52,9 +54,19 @@ class Planner:
         spec = arm.spec(full=self.heads)
         if must_search(spec):
             spec = widest(self.source.model, spec)
+        self._check_base(spec)
         plan: Plan = plan_on(self.source, spec, self._step(arm), None)
         adapter = plan.trainable_parameters - (self.of_heads if arm.adapt.get("full") is None else 0)
         return Cost(plan.trainable_parameters, adapter, plan.peak_bytes, plan.step_flops)
+
+    def _check_base(self, spec: AdaptSpec) -> None:
+        """Raise where a start makes good what quantising the base lost, and the base is not quantised."""
+        quantised = self.config.model is not None and self.config.model.quantise is not None
+        if not quantised and products(self.source.model, spec):
+            raise ConfigError(
+                f"{spec.init.key} starts from what quantising the base lost, and this base is not quantised: give "
+                "model: {quantise: nf4}, for all methods."
+            )
 
     def _whole(self, arm: Arm) -> Cost:
         """Return what training the whole model costs: as of an adapter, with the weights themselves as what learns."""
