@@ -36,7 +36,7 @@ def compare(
       rankworks compare compare-minilm-bbc              a recipe, by name
       rankworks compare my.yaml 'methods=[lora, dora, vera]' budget.trials=8
       rankworks compare my.yaml methods=deltas budget.equal=parameters
-      rankworks compare my.yaml tune.lr=auto            a measured rate, no sweep
+      rankworks compare my.yaml tune.lr=auto            measured, no sweep
       rankworks compare my.yaml --json | tail -1        for a program
 
     Every method gets the same trials and steps; the learning rate of each is

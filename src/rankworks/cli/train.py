@@ -33,7 +33,7 @@ def train(
       rankworks train smollm2-bbc-lora                  a recipe, by name
       rankworks train my.yaml optim.lr=1e-3 train.steps=100
       rankworks train my.yaml adapt.delta=dora -o runs/dora
-      rankworks train my.yaml optim.lr=auto             the rate is measured first
+      rankworks train my.yaml optim.lr=auto             the rate is measured
       rankworks train my.yaml adapt=none optim.name=galore    the whole model
       rankworks train my.yaml --json | tail -1          for a program
 
