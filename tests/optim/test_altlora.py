@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from by_hf import check_learned_and_resumed, trained
 from pairing import OnePair, draw, matrices
-from torch import Tensor, nn
+from torch import Tensor
 from training import adapted, make_loop, weights
-from transformers import Trainer, TrainingArguments
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TrainingError
@@ -21,7 +20,6 @@ from rankworks.core.ranks.surgery import keep_ranks
 from rankworks.optim.altlora import Alternating
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
-from rankworks.train.hooks import HookCallback
 from tiny import tiny_llama, token_batch
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -240,39 +238,13 @@ class Turns(Hook):
 
 
 def test_the_hf_trainer(tmp_path: Path) -> None:
-    rows = torch.randint(3, 250, (24, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
-    settings = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=8,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="steps",
-        save_steps=3,
-        use_cpu=True,
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-    )
-
-    def trained(resume: str | None = None) -> tuple[nn.Module, Turns, Trainer]:
-        model, turns = adapted(), Turns()
-        optimizer = rw.make_optimizer(model, "altlora", lr=0.5)
-        callbacks = [HookCallback([turns])]
-        trainer = Trainer(model, settings, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, None))
-        trainer.train(resume_from_checkpoint=resume)
-        return model, turns, trainer
-
-    model, turns, trainer = trained()
+    lengths = {"max_steps": 8, "save_steps": 3, "max_grad_norm": 0.0}
+    turns, later = Turns(), Turns()
+    model, losses = trained(tmp_path, "altlora", {"lr": 0.5}, hooks=[turns], **lengths)
     assert turns.seen == ["B", "A"] * 4
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    again, turns, _ = trained(str(tmp_path / "checkpoint-3"))
-    assert turns.seen == ["A", "B"] * 2 + ["A"]
-    for key, tensor in weights(model).items():
-        torch.testing.assert_close(weights(again)[key], tensor, atol=1e-6, rtol=0)
+    again, _ = trained(tmp_path, "altlora", {"lr": 0.5}, hooks=[later], resume="checkpoint-3", **lengths)
+    assert later.seen == ["A", "B"] * 2 + ["A"]
+    check_learned_and_resumed(model, losses, again)
 
 
 def test_a_run_whose_ranks_are_cut_goes_on() -> None:
