@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 import rankworks as rw
+from launching import launched
 from tiny import tiny_llama, token_batch
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
 def test_all_get_what_the_first_measured(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(HERE / "two.py")]
-    started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path / "found")], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    launched(Path(__file__).parent / "two.py", tmp_path / "found")
     first, second = (load_file(tmp_path / f"found.{rank}") for rank in range(2))
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)

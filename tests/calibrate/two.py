@@ -1,4 +1,4 @@
-"""One of two processes, which measure different data; each writes the evidence it was given to a file."""
+"""One of two processes of torchrun, which measure different data; each writes the evidence it was given to a file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rankworks.core.evidence import Need
 from tiny import tiny_llama, token_batch
 
 
-def main(rank: int, store: str, path: str) -> None:
+def main(path: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     ids = token_batch(batch=4, seed=rank)  # unequal on purpose: what all get must be the first one's
     needs = ["gradient", Need("input_svd", {"rank": 2, "limit": 4})]
     found = rw.calibrate(tiny_llama(), [{"input_ids": ids, "labels": ids}], needs, progress=False)
@@ -25,4 +26,4 @@ def main(rank: int, store: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(sys.argv[1])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankworks as rw
+from launching import launched
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.ranks.surgery import site_settings
 from rankworks.train.checkpoint import trained_tensors
@@ -94,13 +92,8 @@ def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def trained_by(processes: int, schedule: str, folder: Path, delta: str = "lora") -> dict[str, Tensor]:
     """Train in so many processes, by torchrun; what they trained."""
-    here, path = Path(__file__).parent, folder / f"{processes}.safetensors"
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [str(here / "distributed_ranks.py"), str(path), schedule, delta]
-    done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = folder / f"{processes}.safetensors"
+    launched(Path(__file__).parent / "distributed_ranks.py", path, schedule, delta, processes=processes)
     return load_file(path)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +9,14 @@ import torch
 from safetensors.torch import load_file
 from two_processes import JOBS, numbers
 
-HERE = Path(__file__).parent
+from launching import launched
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what came of all jobs in two processes."""
     folder = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parent / "train"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(HERE / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(Path(__file__).parent / "two_processes.py", folder)
     return folder
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +9,17 @@ import torch
 from safetensors.torch import load_file
 from training import make_loop, weights
 
+from launching import TORCHRUN, launched
+
 HERE = Path(__file__).parent
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "torchrun": TORCHRUN,
     # `accelerate launch --cpu` starts several processes through MPI only; without a GPU this starts them on the CPU.
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"],
-}
-OPTIONS = {"torchrun": [], "accelerate": ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]}
+    "accelerate": (
+        "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+        "--main_process_port=0",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -29,13 +30,8 @@ OPTIONS = {"torchrun": [], "accelerate": ["--mixed_precision=no", "--dynamo_back
 def test_two_processes_equal_one(tmp_path: Path, launcher: str, accumulate: int, layerwise: list[str]):
     loop = make_loop(steps=5)
     losses = loop.run().losses
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     path = tmp_path / "two.safetensors"
-    script = [str(HERE / "distributed.py"), str(path), str(accumulate), *layerwise]
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], *OPTIONS[launcher], *script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(HERE / "distributed.py", path, accumulate, *layerwise, start=LAUNCHERS[launcher])
     two = load_file(path)
     assert two.pop("world").item() == 2
     torch.testing.assert_close(two.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=1e-5)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from training import make_examples, small_run
 
 import rankworks as rw
+from launching import launched
 from rankworks.core.errors import ConfigError, DataError, TargetError
 from rankworks.core.hooks import Hook
 from rankworks.core.spec import AdaptSpec
@@ -246,13 +244,7 @@ def test_the_model_is_left_as_it_was_and_no_folder_is_needed():
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path):
-    path, here = tmp_path / "scores", Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(here / "distributed_search.py"), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(Path(__file__).parent / "distributed_search.py", tmp_path / "scores")
     first, second = (json.loads((tmp_path / f"scores.{rank}").read_text()) for rank in (0, 1))
     assert first == second
     alone = distributed_search.scores()

@@ -47,7 +47,7 @@ def train(
     command is given again, and ends bit for bit as if it had not been.
 
     Several processes or GPUs:
-      torchrun --nproc-per-node 2 -m rankworks.cli train my.yaml
+      torchrun --nproc-per-node 2 -m rankworks train my.yaml
 
     --json ends standard output with before, after (accuracy where it is
     classification), trainable_parameters, adapter_bytes, tokens_per_second,
