@@ -12,13 +12,13 @@ from rankworks import select as _select  # noqa: F401 - registers the selections
 from rankworks.compress.squeeze import squeeze
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
+from rankworks.core.forms.sparse import interference, sparse_entries
 from rankworks.core.ghost import ghost_batch_norm
 from rankworks.core.merge import is_merged, merge, unmerge
 from rankworks.core.ranks.nested import set_rank
 from rankworks.core.ranks.surgery import compact
 from rankworks.core.rates import Regime, adapted_regime
 from rankworks.core.registry import delta, init, methods
-from rankworks.core.sparse import interference, sparse_entries
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.store import load, save
 from rankworks.core.summary import delta_weights, get_delta, summary, trainable_parameters

@@ -12,7 +12,7 @@ from rankworks.core.registry import methods, unregister
 WRONG = "def dense(self, weight): return 1.1 * super().dense(weight)"
 BROKEN = '''
 from rankworks.core.fields import Rank
-from rankworks.core.lowrank import LowRank
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.registry import delta
 
 

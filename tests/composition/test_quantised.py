@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.conformance.case import biasless, evidence_for
 from rankworks.core.errors import MergeError, TargetError
-from rankworks.core.holders import dense_weight
 from rankworks.core.state import state_of
 from rankworks.core.targets import find_sites
+from rankworks.core.weights.holders import dense_weight
 
 bnb = pytest.importorskip("bitsandbytes", reason="a development dependency")
 

@@ -58,7 +58,7 @@ def test_only_the_named_expert_changes():
 
 
 def test_each_stack_is_changed_once_per_forward(monkeypatch):
-    from rankworks.core import stack
+    from rankworks.core.weights import stack
 
     calls = []
     real = stack._change

@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 
 import rankworks as rw
 from rankworks.core.errors import MergeError
-from rankworks.core.holders import dense_weight
-from rankworks.core.integers import IntegerLayer, IntegerParameter, hold, holdable, make_dense
 from rankworks.core.targets import find_sites
+from rankworks.core.weights.holders import dense_weight
+from rankworks.core.weights.integers import IntegerLayer, IntegerParameter, hold, holdable, make_dense
 from tiny import tiny_gpt2, tiny_llama, token_batch
 
 IDS = token_batch(vocab=320)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ExportError, MergeError, TrainingError
-from rankworks.core.lowrank import alpha_of, scale_of
+from rankworks.core.forms.lowrank import alpha_of, scale_of
 from rankworks.core.ranks.surgery import (
     compact,
     gated_of,

@@ -26,8 +26,8 @@ from torch import nn
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, MergeError, TargetError
+from rankworks.core.forms.lowrank import Nested
 from rankworks.core.hooks import Moment, method_hooks
-from rankworks.core.lowrank import Nested
 from rankworks.core.ranks.surgery import pair_of
 from rankworks.core.store import adapter_state
 from rankworks.core.summary import trained

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import TargetError
-from rankworks.core.lowrank import scale_of
+from rankworks.core.forms.lowrank import scale_of
 from rankworks.core.state import state_of
 from rankworks.core.store import adapter_state
 from rankworks.linalg.energy import leading_energy, squared_singular_values

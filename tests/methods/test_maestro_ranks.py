@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 import rankworks as rw
+from rankworks.core.forms.lowrank import Nested
 from rankworks.core.hooks import Moment, method_hooks
-from rankworks.core.lowrank import Nested
 from rankworks.core.store import adapter_state
 from rankworks.core.summary import trained
 from rankworks.ranks.maestro import OrderedDropout, Pairs, group_norms, importance

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ExportError, TargetError
+from rankworks.core.forms.sparse import index_dtype
 from rankworks.core.site import Shape
-from rankworks.core.sparse import index_dtype
 
 MASKS = ["rand", "wm", "struct"]
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ExportError, TargetError
+from rankworks.core.forms.sparsity import Allocation, Schedule, deal
 from rankworks.core.hooks import Hook, Moment, method_hooks
-from rankworks.core.sparsity import Allocation, Schedule, deal
 from rankworks.deltas.snella import threshold
 from rankworks.train.api import train
 from tiny import byte_tokenizer, tiny_llama

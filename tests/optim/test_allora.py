@@ -14,8 +14,8 @@ from training import make_loop, weights
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, TrainingError
+from rankworks.core.forms.lowrank import Factored
 from rankworks.core.hooks import Moment
-from rankworks.core.lowrank import Factored
 from rankworks.core.optim.pairs import trained_pairs
 from rankworks.optim.allora import row_factors
 from rankworks.plan.states import optimizer_bytes

@@ -14,10 +14,10 @@ import rankworks as rw
 from rankworks.core.codes.groups import dequantise_groups, group_bytes, quantise_groups
 from rankworks.core.draw import seed_of
 from rankworks.core.errors import ConfigError
-from rankworks.core.holders import dense_weight
-from rankworks.core.integers import IntegerLayer, IntegerParameter, hold
 from rankworks.core.optim.projection import leading_basis
 from rankworks.core.registry import build
+from rankworks.core.weights.holders import dense_weight
+from rankworks.core.weights.integers import IntegerLayer, IntegerParameter, hold
 from rankworks.optim.q_galore import QuantisedGaLore
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes, weight_bytes

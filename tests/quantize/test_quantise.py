@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError, RankworksError, TargetError
-from rankworks.core.holders import dense_weight
+from rankworks.core.weights.holders import dense_weight
 
 
 class Stack(nn.Module):

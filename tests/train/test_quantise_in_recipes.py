@@ -14,8 +14,8 @@ from training import small_run
 import rankworks as rw
 from rankworks.calibrate import calibrate, needed
 from rankworks.core.errors import ConfigError, FingerprintError, TargetError
-from rankworks.core.holders import dense_weight
 from rankworks.core.spec import AdaptSpec
+from rankworks.core.weights.holders import dense_weight
 from rankworks.quantize import code_book, dequantise_blocks, quantise_blocks
 from rankworks.train import load_config, run
 from rankworks.train.quantising import QuantiseConfig, products, quantise_base, together

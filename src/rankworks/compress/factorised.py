@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from rankworks.core.errors import ConfigError
-from rankworks.core.lowrank import Pair
+from rankworks.core.forms.lowrank import Pair
 from rankworks.core.state import state_of
 
 

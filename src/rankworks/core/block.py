@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from rankworks.core.errors import MergeError
 from rankworks.core.front import backbone_of
-from rankworks.core.holders import is_quantised
 from rankworks.core.site import Shape, Site, is_conv1d_hf, kind_of
+from rankworks.core.weights.holders import is_quantised
 
 BLOCKS = ("ffn", "front")
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))

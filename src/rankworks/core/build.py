@@ -15,14 +15,14 @@ from rankworks.core.delta import Delta
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError, TargetError
 from rankworks.core.evidence import Evidence, Need, as_needs
-from rankworks.core.holders import is_turned
 from rankworks.core.progress import track
 from rankworks.core.registry import MethodSpec
 from rankworks.core.site import Shape, Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import Adapter, State, make_bank
 from rankworks.core.targets import check_overrides, find_sites, override_for, stacks_of
-from rankworks.core.tied import share, twins
+from rankworks.core.weights.holders import is_turned
+from rankworks.core.weights.tied import share, twins
 
 BIASLESS = ("embedding", "expert")  # kinds of site that never have a bias
 

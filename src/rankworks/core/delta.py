@@ -184,7 +184,7 @@ class Delta(HasSettings, nn.Module):
 
     @property
     def pair(self) -> Delta | None:
-        """The delta, itself or one inside, whose trained factors B A (core/lowrank.py) a rank schedule may cut."""
+        """The delta, itself or one inside, whose trained B A (core/forms/lowrank.py) a rank schedule may cut."""
         return None
 
     @property

@@ -24,7 +24,7 @@ from rankworks.core.front import Front
 from rankworks.core.inputs import Input, OneHot, Patches, convolve
 from rankworks.core.share import SharedInput
 from rankworks.core.site import Site, kind_of
-from rankworks.core.stack import AdaptedStack, unwrap_stack, wrap_stack
+from rankworks.core.weights.stack import AdaptedStack, unwrap_stack, wrap_stack
 
 Active = tuple[tuple[Site, Delta], ...]
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from rankworks.core.block import Replacement, told_width
 from rankworks.core.delta import Delta
 from rankworks.core.errors import MergeError
-from rankworks.core.fold import Copied, folded, folded_bias
 from rankworks.core.progress import track
 from rankworks.core.site import Site
 from rankworks.core.state import NAME, Adapter, State, state_of
-from rankworks.core.tied import holders
+from rankworks.core.weights.fold import Copied, folded, folded_bias
+from rankworks.core.weights.tied import holders
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from rankworks.core import share
 from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.errors import ConfigError
+from rankworks.core.forms.lowrank import Factored
 from rankworks.core.inputs import Input
 from rankworks.core.kernels import fits, lowrank_linear
 from rankworks.core.layer import AdaptedLayer
-from rankworks.core.lowrank import Factored
 from rankworks.core.registry import MethodSpec
 from rankworks.core.state import state_of
 

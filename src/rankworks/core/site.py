@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankworks.core.errors import MergeError
-from rankworks.core.holders import dense_weight, is_quantised
+from rankworks.core.weights.holders import dense_weight, is_quantised
 
 KINDS = ("linear", "conv1d_hf", "conv", "embedding", "rows", "expert")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rankworks.core.errors import MergeError
 from rankworks.core.site import Site
 from rankworks.core.state import Adapter, state_of
-from rankworks.core.tied import holders
+from rankworks.core.weights.tied import holders
 
 
 class Piece(NamedTuple):

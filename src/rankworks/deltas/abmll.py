@@ -32,9 +32,9 @@ from torch import Tensor
 from rankworks.core.amend import Amendment
 from rankworks.core.delta import Delta
 from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.inputs import Input, linear
 from rankworks.core.kernels.gaussian import Form, Gaussian, HyperPrior, Spread, noise_linear, noise_matrix
-from rankworks.core.lowrank import LowRank
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

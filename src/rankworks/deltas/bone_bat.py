@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rankworks.core.fields import Rank
+from rankworks.core.forms.whole import Whole
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.whole import Whole
 
 
 @delta("bone-bat", title="Bone (bat)", year=2024, paper="arXiv:2409.15371")

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.fields import Probability, Setting
+from rankworks.core.forms.wrapper import Wrapper
 from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.kernels import scale_rows
 from rankworks.core.registry import DeltaSpec, MethodSpec, delta
 from rankworks.core.site import Shape
-from rankworks.core.wrapper import Wrapper
 
 
 @delta("dora", title="DoRA", year=2024, paper="arXiv:2402.09353")

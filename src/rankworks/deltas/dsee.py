@@ -27,10 +27,10 @@ from torch import Tensor
 
 from rankworks.core.delta import Base, Delta, Factors
 from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.forms.lowrank import Init, LowRank
 from rankworks.core.inputs import Input, dropout, linear
 from rankworks.core.kernels import fits, lowrank_linear
 from rankworks.core.kernels.masked import masked_linear
-from rankworks.core.lowrank import Init, LowRank
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import bilateral_residual

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.fields import Positive, Probability, Setting
+from rankworks.core.forms.lowrank import Factored
 from rankworks.core.inputs import Input, Patches, dropout, linear
-from rankworks.core.lowrank import Factored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.fields import Setting
+from rankworks.core.forms.lowrank import Factored
+from rankworks.core.forms.wrapper import Wrapper
 from rankworks.core.inputs import Input, dropout, linear
-from rankworks.core.lowrank import Factored
 from rankworks.core.ranks.watch import Note, watched
 from rankworks.core.registry import DeltaSpec, delta
 from rankworks.core.site import Shape
-from rankworks.core.wrapper import Wrapper
 
 
 @delta("gated", title="Gated ranks", year=2023, paper="arXiv:2303.10512")

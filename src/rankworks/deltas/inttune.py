@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from rankworks.core.cored import Cored
+from rankworks.core.forms.cored import Cored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

@@ -32,8 +32,8 @@ from torch.optim import Optimizer
 
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.fields import Probability, Rank, Setting
+from rankworks.core.forms.projected import Projected
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.projected import Projected
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import truncated_svd

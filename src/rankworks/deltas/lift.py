@@ -27,12 +27,12 @@ from torch import Tensor
 
 from rankworks.core.delta import Delta, Entries
 from rankworks.core.fields import Rank, Setting
+from rankworks.core.forms.sparse import SparseDelta
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.merge import original
 from rankworks.core.progress import track
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.sparse import SparseDelta
 from rankworks.core.state import state_of
 from rankworks.linalg.select import top_entries
 from rankworks.linalg.svd import randomised_svd, truncated_svd

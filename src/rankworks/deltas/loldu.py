@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Factors
 from rankworks.core.fields import Positive, Rank, Setting
-from rankworks.core.projected import Projected
+from rankworks.core.forms.projected import Projected
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import unit_lu

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankworks.core.fields import Setting
-from rankworks.core.lowrank import LowRank
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rankworks.core.cored import Cored
 from rankworks.core.fields import NonNegative, Setting
+from rankworks.core.forms.cored import Cored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import randomised_svd, truncated_svd

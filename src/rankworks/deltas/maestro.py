@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Base
 from rankworks.core.fields import Setting
+from rankworks.core.forms.lowrank import Pair
 from rankworks.core.inputs import Input, linear
-from rankworks.core.lowrank import Pair
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg.balanced import balanced_factors

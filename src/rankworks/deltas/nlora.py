@@ -5,8 +5,8 @@
 By default B starts at zero and A, N are Kaiming uniform (SLoRA), with no B0 N0 A0: the model starts as its base.
 dL/dN = s B^T G A^T is then zero at first and dL/dB = s G (N A)^T is not. `init="nlora"` takes the factors from blocks
 of the weight, in the manner of the Nystrom approximation. r (in + out) + r^2 numbers per site.
-B0 N0 A0 is the product they start from where that is taken out of the weight (as in core/lowrank.py): the change is
-then an exact LoRA of rank 2r, else of rank r. N alone, between the weight's own blocks, is the delta `inttune`.
+B0 N0 A0 is the product they start from where that is taken out of the weight (as in core/forms/lowrank.py): the change
+is then an exact LoRA of rank 2r, else of rank r. N alone, between the weight's own blocks, is the delta `inttune`.
 An embedding turns the roles at the start: A is zero and B ~ N(0, 1), as for LoRA.
 Source: arXiv:2502.14482, sections 3.1 and 3.2, and its released code.
 """
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Factors
-from rankworks.core.lowrank import Factored
+from rankworks.core.forms.lowrank import Factored
+from rankworks.core.forms.triple import Triple
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.core.start import Init, Place, begin
-from rankworks.core.triple import Triple
 
 
 @delta("nlora", title="NLoRA (SLoRA)", year=2025, paper="arXiv:2502.14482")

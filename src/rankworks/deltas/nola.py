@@ -29,8 +29,8 @@ from torch import Tensor
 
 from rankworks.core.delta import Factors
 from rankworks.core.fields import Positive, Probability, Rank, Setting
+from rankworks.core.forms.lowrank import Factored
 from rankworks.core.kernels.counter import SEED_BITS, basis, combine, most_matrices
-from rankworks.core.lowrank import Factored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

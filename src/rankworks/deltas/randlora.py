@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from rankworks.core.delta import Base
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Probability, Rank, Setting
+from rankworks.core.forms.whole import Whole
 from rankworks.core.inputs import Input, OneHot, Patches, linear
 from rankworks.core.kernels.mode import compute_dtype, sees_through
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.whole import Whole
 
 
 @delta("randlora", title="RandLoRA", year=2025, paper="arXiv:2502.00987")

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.fields import NonNegative, Positive, Probability, Rank, Setting
+from rankworks.core.forms.lowrank import Factored
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import Factored
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Positive, Rank, Setting
+from rankworks.core.forms.sparse import SparseDelta
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.sparse import SparseDelta
 from rankworks.linalg.select import top_entries
 
 SCORES = {"sum": "gradient", "absolute": "gradient_magnitude"}

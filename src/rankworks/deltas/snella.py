@@ -35,12 +35,12 @@ from torch import Tensor
 
 from rankworks.core.delta import Base, Delta, Entries
 from rankworks.core.fields import Positive, Probability, Rank, Setting
+from rankworks.core.forms.sparsity import Allocation, Schedule
+from rankworks.core.forms.whole import Whole
 from rankworks.core.hooks import Hook
 from rankworks.core.inputs import Input
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.sparsity import Allocation, Schedule
-from rankworks.core.whole import Whole
 
 HEADS = (0.1, -0.1)
 

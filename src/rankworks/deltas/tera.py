@@ -36,11 +36,11 @@ from torch import Tensor
 from rankworks.core.delta import Base, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Positive, Probability, Setting
+from rankworks.core.forms.whole import Whole
 from rankworks.core.inputs import Input
 from rankworks.core.kernels.mode import compute_dtype, no_autocast
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.whole import Whole
 
 UNEVEN = 4  # the largest mode is at most so many times the smallest
 

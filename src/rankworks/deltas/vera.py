@@ -19,7 +19,7 @@ from torch import Tensor
 from rankworks.core.delta import Factors
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Positive, Probability, Rank, Setting
-from rankworks.core.projected import Projected
+from rankworks.core.forms.projected import Projected
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 

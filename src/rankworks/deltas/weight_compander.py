@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from rankworks.core.fields import Positive, Setting
+from rankworks.core.forms.whole import Whole
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
-from rankworks.core.whole import Whole
 
 
 class Psi(NamedTuple):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ExportError
-from rankworks.core.fold import folded, folded_bias
 from rankworks.core.front import Front
 from rankworks.core.full import FullHost
 from rankworks.core.layer import AdaptedLayer
 from rankworks.core.progress import track
 from rankworks.core.site import Site
-from rankworks.core.stack import AdaptedStack
 from rankworks.core.state import NAME, Adapter
+from rankworks.core.weights.fold import folded, folded_bias
+from rankworks.core.weights.stack import AdaptedStack
 from rankworks.export.parts import refuse_weightless
 
 

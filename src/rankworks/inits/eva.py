@@ -33,11 +33,11 @@ from torch import Tensor
 from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Evidence, Need
 from rankworks.core.fields import Setting
-from rankworks.core.lowrank import alpha_of, scale_of
+from rankworks.core.forms.lowrank import alpha_of, scale_of
+from rankworks.core.forms.wrapper import factored_settings
 from rankworks.core.registry import MethodSpec, init
 from rankworks.core.site import Shape, Site
 from rankworks.core.start import Init, Place, Start
-from rankworks.core.wrapper import factored_settings
 from rankworks.linalg.incremental import share_out, worth
 
 

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.fields import NonNegative, Positive, Setting
+from rankworks.core.forms.lowrank import Pair
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import Pair
 from rankworks.core.optim.gram import grams
 from rankworks.core.optim.method import Group, OptimizerMethod, Trains
 from rankworks.core.optim.pairs import FoundPair, Paired, paired_groups, trained_pairs

@@ -45,7 +45,7 @@ from rankworks.core.optim.method import Trains
 from rankworks.core.optim.over import Over
 from rankworks.core.optim.thin import row_squares
 from rankworks.core.registry import optimizer
-from rankworks.core.tied import Transposed
+from rankworks.core.weights.tied import Transposed
 
 
 @optimizer("lora-ggpo", title="LoRA-GGPO", year=2025, paper="arXiv:2502.14538v1")

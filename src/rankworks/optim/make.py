@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankworks.core.integers import make_dense
 from rankworks.core.optim.pairs import release
 from rankworks.core.optim.resting import wake_all
 from rankworks.core.registry import MethodSpec, build
+from rankworks.core.weights.integers import make_dense
 
 
 def make_optimizer(

@@ -12,7 +12,7 @@ The first subspace has no predecessor, so with window = 5 T first grows at the s
 and T grows at every later one as long as their mean stays. A singular vector has no sign of its own: the released code
 takes the cosine with it, under which a stable subspace can look opposite; signed=true does so.
 
-The weights are held as integers from the moment the optimizer is made (core/integers.py) to the end of training, where
+While the optimizer is in use the weights are held as integers (core/weights/integers.py); at the end of training
 `dense_at_end` gives them back in their own type. The sum is taken in float32: in bfloat16 it would round to nearest
 before it is rounded at random, and most steps would be lost. Which random number rounds which weight follows from
 (seed, name, step) and the type of device, so that a resumed run and every process round alike; a rate of 0 leaves the
@@ -40,7 +40,6 @@ from rankworks.core.codes.groups import Groups, dequantise_groups, group_bytes, 
 from rankworks.core.draw import Draw, seed_of
 from rankworks.core.fields import Positive, Setting
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.integers import IntegerParameter, hold, holdable, make_dense
 from rankworks.core.optim.method import Group, grouped
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
 from rankworks.core.optim.projected import Projected
@@ -49,6 +48,7 @@ from rankworks.core.optim.stepwise import Stepwise, count_step
 from rankworks.core.optim.subspace import Subspace, find_basis
 from rankworks.core.optim.targeted import weights_at
 from rankworks.core.registry import optimizer
+from rankworks.core.weights.integers import IntegerParameter, hold, holdable, make_dense
 
 Bits = Literal[4, 8]
 

@@ -26,9 +26,9 @@ from transformers import (
 from rankworks.core.adapt import adapters, detach
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
-from rankworks.core.holders import is_quantised
 from rankworks.core.hub.reach import hub_reachable
 from rankworks.core.hub.shapes import find_shape, shape_names
+from rankworks.core.weights.holders import is_quantised
 
 BUILDERS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,

@@ -33,8 +33,8 @@ from rankworks.core.delta import Delta, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError
 from rankworks.core.fields import NonNegative, Probability, Setting
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import LowRank
 from rankworks.core.merge import original, refuse_merged
 from rankworks.core.ranks.gates import start_at_random
 from rankworks.core.ranks.schedule import RankSchedule

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from rankworks.core.delta import Delta
 from rankworks.core.draw import Draw
 from rankworks.core.fields import Setting
+from rankworks.core.forms.lowrank import Nested
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import Nested
 from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.ranks.surgery import pair_of, ranked
 from rankworks.core.registry import MethodSpec, rank

@@ -43,8 +43,8 @@ from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Evidence
 from rankworks.core.fields import NonNegative, Setting
+from rankworks.core.forms.lowrank import scale_of
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import scale_of
 from rankworks.core.ranks.gates import STD, start_as_svd, steps_of
 from rankworks.core.ranks.orthogonal import Form, departure
 from rankworks.core.ranks.pace import Pace

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from rankworks.core.evidence import Evidence
 from rankworks.core.fields import Setting
-from rankworks.core.lowrank import alpha_of, scale_of
+from rankworks.core.forms.lowrank import alpha_of, scale_of
 from rankworks.core.progress import track
 from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.registry import MethodSpec, rank

@@ -37,8 +37,8 @@ from torch import Tensor
 from rankworks.core.delta import Delta
 from rankworks.core.draw import Draw
 from rankworks.core.fields import NonNegative, Setting
+from rankworks.core.forms.lowrank import Nested
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import Nested
 from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.ranks.surgery import keep_ranks, pair_of
 from rankworks.core.registry import MethodSpec, rank

@@ -1,8 +1,8 @@
 """Parameters that DistributedDataParallel cannot hold: it is told to leave them out, and their gradients are averaged.
 
-Stand-ins for weights held as integers (core/integers.py) have the storage of one number, into which it cannot write
-what the first process has. The integers are the same everywhere from the start, made alike from the same weights, and
-stay so: gradients are equal after averaging, and rounding is drawn from (seed, name, step).
+Stand-ins for weights held as integers (core/weights/integers.py) have the storage of one number, into which it cannot
+write what the first process has. The integers are the same everywhere from the start, made alike from the same weights,
+and stay so: gradients are equal after averaging, and rounding is drawn from (seed, name, step).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rankworks.core.integers import IntegerParameter
+from rankworks.core.weights.integers import IntegerParameter
 
 
 def leave_out(module: nn.Module) -> list[nn.Parameter]:

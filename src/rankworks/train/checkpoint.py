@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rankworks.core.delta import Delta
 from rankworks.core.errors import StoreError, TrainingError
 from rankworks.core.files import atomic_folder, atomic_write
-from rankworks.core.integers import held_tensors
+from rankworks.core.weights.integers import held_tensors
 from rankworks.train.tensors import read_tree, write_tree
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from rankworks.conformance.run import check
 from rankworks.conformance.suite.start import starts_as_base
 from rankworks.core.adapt import adapt
 from rankworks.core.delta import Delta
-from rankworks.core.lowrank import LowRank
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.registry import Method
 from rankworks.core.site import Site
 

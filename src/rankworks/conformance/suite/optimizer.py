@@ -13,10 +13,10 @@ from rankworks.conformance.case import bits_equal, random_state
 from rankworks.conformance.errors import ConformanceError, NotApplicable
 from rankworks.conformance.optimizer_case import STEPS, OptimizerCase, Run, language_loss, numbers
 from rankworks.conformance.run import check
-from rankworks.core.holders import dense_weight
 from rankworks.core.optim.stepwise import STEP
 from rankworks.core.registry import Method, build
 from rankworks.core.summary import trained
+from rankworks.core.weights.holders import dense_weight
 from rankworks.train.hooks import hook_states, restore_hooks
 from rankworks.train.tensors import flatten, unflatten
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rankworks.core.amend import Amendment
 from rankworks.core.errors import TrainingError
+from rankworks.core.forms.lowrank import Factored, Pair
 from rankworks.core.hooks import Hook, Moment
-from rankworks.core.lowrank import Factored, Pair
 from rankworks.core.optim.pairs import TrainedPair, checked_pairs
 from rankworks.core.site import Site
 from rankworks.core.state import state_of

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
-from rankworks.core.lowrank import Factored, Pair
+from rankworks.core.forms.lowrank import Factored, Pair
 from rankworks.core.optim.adamw import adamw_update
 from rankworks.core.optim.method import Group, grouped
 from rankworks.core.optim.stepwise import Stepwise

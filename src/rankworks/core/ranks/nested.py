@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from rankworks.core.errors import ConfigError
-from rankworks.core.lowrank import Nested, Pair
+from rankworks.core.forms.lowrank import Nested, Pair
 from rankworks.core.merge import refuse_merged
 from rankworks.core.state import Adapter, state_of
 from rankworks.core.targets import check_overrides, override_for

@@ -30,7 +30,7 @@ class RankSchedule(HasSettings):
     Spec: ClassVar[Any]
     spec: Any
     gates: ClassVar[bool] = False  # acts through a gate per rank
-    pairs: ClassVar[bool] = False  # needs a trained pair of factors B A (core/lowrank.py), to cut or to grow
+    pairs: ClassVar[bool] = False  # needs a trained pair of factors B A (core/forms/lowrank.py), to cut or to grow
     inits: ClassVar[tuple[str, ...] | None] = None  # the initialisers it goes with; None: any
     ordered: ClassVar[bool] = False  # the first b ranks are a change by themselves, for every b (`rankworks.set_rank`)
     rescaled: ClassVar[bool] = True  # and it has the scale of a change of rank b, rather than that of the whole

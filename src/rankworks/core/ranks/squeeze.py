@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError
-from rankworks.core.lowrank import LowRank
+from rankworks.core.forms.lowrank import LowRank
+from rankworks.core.forms.wrapper import Wrapper
 from rankworks.core.ranks.surgery import pair_of, ranked, replace_ranks
-from rankworks.core.wrapper import Wrapper
 from rankworks.linalg.squeeze import norm_of_product, randomised_svd_of_product
 from rankworks.linalg.svd import SVD, svd_of_product
 

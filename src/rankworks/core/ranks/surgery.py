@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from rankworks.core.config import read
 from rankworks.core.delta import Delta
 from rankworks.core.errors import TrainingError
-from rankworks.core.lowrank import Pair
+from rankworks.core.forms.lowrank import Pair
 from rankworks.core.merge import refuse_merged
 from rankworks.core.state import NAME, State, state_of
 

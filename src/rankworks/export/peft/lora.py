@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.errors import ExportError, StoreError
-from rankworks.core.lowrank import LowRank
+from rankworks.core.forms.lowrank import LowRank
 from rankworks.core.registry import MethodSpec, build
 from rankworks.core.site import Site
 from rankworks.core.state import Adapter, State

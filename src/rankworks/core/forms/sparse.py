@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Base, Delta, Entries
 from rankworks.core.errors import ExportError
+from rankworks.core.forms.whole import Whole
 from rankworks.core.inputs import Input
 from rankworks.core.kernels import add_entries, sparse_linear
 from rankworks.core.kernels.mode import compute_dtype, sees_through
 from rankworks.core.site import Shape
 from rankworks.core.state import state_of
-from rankworks.core.whole import Whole
 
 
 class SparseDelta(Whole):

@@ -7,8 +7,8 @@ Autograd gives integers no gradient. So the layer keeps its parameter, the same 
 shape, type and device it had and the storage of a single number; what it holds stands beside it in `held`
 (core/codes/groups.py). Whoever deals with gradients (optimizers, clipping, layer-wise updates, accumulation over
 micro-batches, hooks) meets an ordinary parameter. Whoever reads the stand-in as numbers reads nan: the numbers come
-from `dense_weight` (core/holders.py), which knows every holder. DDP wants to send parameters and is told to leave these
-out (train/apart.py).
+from `dense_weight` (core/weights/holders.py), which knows every holder. DDP wants to send parameters and is told to
+leave these out (train/apart.py).
 
 The layer's class is swapped in place, as the adapted layer's is. Its state dict has the codes, `weight.codes`,
 `weight.scales` and `weight.zeros`, which is exact, and it also takes up a dense `weight`. `make_dense` gives the dense

@@ -10,7 +10,7 @@ from typing import Any
 
 from rankworks.core.delta import Delta
 from rankworks.core.fields import Positive, Probability, Rank
-from rankworks.core.lowrank import scale_of
+from rankworks.core.forms.lowrank import scale_of
 from rankworks.core.site import Shape
 
 

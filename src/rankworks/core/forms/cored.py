@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.delta import Factors
+from rankworks.core.forms.projected import Projected
+from rankworks.core.forms.triple import Triple
 from rankworks.core.inputs import linear
-from rankworks.core.projected import Projected
 from rankworks.core.site import Shape
 from rankworks.core.start import Init, Place, begin
-from rankworks.core.triple import Triple
 
 
 class Cored(Triple, Projected):

@@ -33,7 +33,7 @@ def dense_weight(tensor: Any, module: Any = None) -> Tensor:
     """
     if not is_quantised(tensor):
         return tensor
-    if hasattr(tensor, "held"):  # integers that are trained (core/integers.py)
+    if hasattr(tensor, "held"):  # integers that are trained (core/weights/integers.py)
         return dequantise_groups(tensor.held, tensor.dtype)
     if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes Params4bit
         from bitsandbytes import functional
