@@ -10,6 +10,7 @@ import pytest
 from rankworks.cli.recipes import recipes
 from rankworks.compare import CompareResult, load_compare_config
 from rankworks.compare.markdown import markdown
+from rankworks.compare.report import picture
 
 RESULTS = Path(__file__).parents[2] / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob("*/result.json"))
@@ -29,6 +30,7 @@ def test_a_result_is_its_recipe_s(folder: Path) -> None:
     assert {name: said(result.config[name], value) for name, value in given.items()} == given
     assert result.command == f"rankworks compare {folder.name}"
     assert (folder / "result.md").read_text(encoding="utf-8") == markdown(result)
+    assert (folder / "result.svg").read_text(encoding="utf-8") == picture([result])
     assert (folder / "report.html").stat().st_size > 1_000_000  # with what it needs to open offline
     assert f"({folder.name}/result.md)" in (RESULTS / "README.md").read_text(encoding="utf-8")
 

@@ -50,8 +50,8 @@ def compare(
       rankworks compare my.yaml --storage postgresql://user@host/db
 
     The folder then holds result.json, result.md, report.html (opens offline),
-    a recipe per method in arms/ that repeats its row, and study.db with every
-    trial.
+    result.svg (a picture), a recipe per method in arms/ that repeats its row,
+    and study.db with every trial.
 
     --json ends standard output with leaderboard, a row per method: method,
     rank, tie, mean, low, high, difference, difference_low, difference_high,
@@ -156,4 +156,5 @@ def summary_line(result: CompareResult) -> dict[str, Any]:
         "result": str(folder / "result.json"),
         "markdown": str(folder / "result.md"),
         "report": str(folder / "report.html"),
+        "picture": str(folder / "result.svg"),
     }

@@ -7,6 +7,7 @@ What a comparison leaves in its output folder:
     result.json      the `CompareResult`, whole again after every arm
     result.md        the same for reading
     report.html      the same to look at: it sorts and unfolds, shows curves and costs, and opens offline
+    result.svg       the leaderboard as a picture
 """
 
 from __future__ import annotations
@@ -141,11 +142,15 @@ class _Comparison:
             self._write(self._result())
 
     def _write(self, result: CompareResult) -> None:
-        from rankworks.compare.report import write_report  # plotly takes a second: not when rankworks is imported
+        from rankworks.compare.report import (  # plotly takes a second: not when rankworks is imported
+            write_picture,
+            write_report,
+        )
 
         atomic_write(self.output / "result.json", json.dumps(result.to_dict(), indent=1, allow_nan=False))
         atomic_write(self.output / "result.md", markdown(result))
         write_report(result, self.output)
+        write_picture(result, self.output)
         self.written = time.monotonic()
 
     def _result(self) -> CompareResult:

@@ -11,6 +11,14 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def amount(count: float) -> str:
+    """Return a number of things as people read it, in powers of ten."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f}"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as people read them."""
     whole = round(seconds)
