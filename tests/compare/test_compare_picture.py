@@ -43,7 +43,8 @@ def test_every_method_stands_where_its_mean_is() -> None:
     assert all(above < below for above, below in pairwise(heights))
     spans = [line for line in root.iter(f"{SVG}line") if "span" in line.attrib["class"]]
     for span, row in zip(spans, rows, strict=True):
-        assert row.low is not None and row.high is not None
+        assert row.low is not None
+        assert row.high is not None
         width = float(span.attrib["x2"]) - float(span.attrib["x1"])
         assert width == pytest.approx(scale * (row.high - row.low), abs=0.2)
 
