@@ -42,14 +42,17 @@ WHOLE_MODELS = 3  # contenders at a time where each has a model of its own, with
 FLOOR = "products"
 PACKAGES = ("galore-torch", "galore-torch-adafactor", "bitsandbytes", "adamw-fused", "adamw-foreach")
 OURS = (
-    "galore", "galore-adafactor", "galore-8bit", "galore-svd", "fira", "apollo", "frugal", "dct-adamw", "adamw8bit",
-    "adafactor",
+    "galore", "galore-fast", "galore-adafactor", "galore-8bit", "galore-svd", "fira", "fira-fast", "apollo",
+    "apollo-fast", "frugal", "dct-adamw", "adamw8bit", "adafactor",
 )  # fmt: skip
 SPELT: dict[str, dict[str, Any]] = {
     "frugal": {"optimizer": "frugal", "projection": "columns"},  # blocks are whole weights: one alone is in or out
     "galore-adafactor": {"optimizer": "galore", "rule": "adafactor"},
     "galore-8bit": {"optimizer": "galore", "rule": "adamw8bit"},
     "galore-svd": {"optimizer": "galore", "subspace": "svd"},
+    "galore-fast": {"optimizer": "galore", "products": "fast"},
+    "fira-fast": {"optimizer": "fira", "products": "fast"},
+    "apollo-fast": {"optimizer": "apollo", "products": "fast"},
 }
 OFTEN, SELDOM = 10, 200
 

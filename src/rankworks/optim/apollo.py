@@ -29,6 +29,7 @@ from torch import Tensor
 from rankworks.core.fields import Positive, Rank, Setting
 from rankworks.core.optim.method import Group
 from rankworks.core.optim.moments import adam_direction, adam_step
+from rankworks.core.optim.products import multiplying
 from rankworks.core.optim.projected import Projected
 from rankworks.core.optim.projection import Basis, basis_numbers, projected_shape
 from rankworks.core.optim.projector import gaussian_basis
@@ -59,7 +60,7 @@ class APOLLO(Projected):
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""
         names = ("rank", "refresh", "scale", "side", "betas", "eps", "scaling", "limit", "seed", "keep_projection")
-        return ScaledSGD(groups, lr=lr, weight_decay=self.weight_decay, **self.defaults(*names))
+        return ScaledSGD(groups, lr=lr, weight_decay=self.weight_decay, **self.defaults(*names, "products"))
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """2 r L moments and one norm of a projected weight, two of every other number."""
@@ -93,7 +94,8 @@ class ScaledSGD(Stepwise):
         if not group["projected"]:
             adam_step(parameter, gradient, state, t, betas, eps, lr, decay)
             return
-        R = self._basis(state, gradient, group, t).into(gradient)
+        with multiplying(group.get("products", "full"), gradient.device):
+            R = self._basis(state, gradient, group, t).into(gradient)
         N, factor = adam_direction(state, R, t, betas, eps)
         ratio = norm_ratio(N, R, tuple(gradient.shape), group["side"], group["scaling"])
         add_scaled(parameter, gradient, ratio, lr * factor * math.sqrt(group["scale"]), state, group["limit"])

@@ -35,6 +35,7 @@ from rankworks.core.fields import Setting
 from rankworks.core.optim.dct import INDEX, Columns, best_columns
 from rankworks.core.optim.method import Group
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
+from rankworks.core.optim.products import multiplying
 from rankworks.core.optim.projected import Projected
 from rankworks.core.optim.projection import Basis, add_back, basis_numbers, projected_shape, sides
 from rankworks.core.optim.scaling import Scaling, add_scaled, check_scaling, norm_ratio
@@ -65,7 +66,7 @@ class Fira(Projected):
     def build(self, groups: list[Group], lr: float) -> torch.optim.Optimizer:
         """The optimizer on its groups."""
         names = ("rank", "refresh", "scale", "side", "betas", "eps", "residual", "scaling", "limit", "subspace", "seed")
-        return FiraAdamW(groups, lr=lr, weight_decay=self.weight_decay, **self.defaults(*names, "bits"))
+        return FiraAdamW(groups, lr=lr, weight_decay=self.weight_decay, **self.defaults(*names, "bits", "products"))
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """2 r L moments, r S numbers of the basis and one norm of a projected weight, two of every other number."""
@@ -92,13 +93,14 @@ class FiraAdamW(Stepwise):
         if not group["projected"]:
             adam_step(parameter, gradient, state, t, betas, eps, lr, decay, bits=bits)
             return
-        basis = self._basis(state, gradient, group, t)
-        R = basis.into(gradient)
-        N, factor = adam_direction(state, R, t, betas, eps, bits=bits)
-        ratio = norm_ratio(N, R, tuple(gradient.shape), group["side"], group["scaling"])
-        rest = gradient.clone()  # (m, n)
-        add_back(rest, basis, R, -1.0 if group["residual"] == "paper" else -group["scale"])
-        add_back(parameter, basis, N, -lr * factor * group["scale"])
+        with multiplying(group.get("products", "full"), gradient.device):
+            basis = self._basis(state, gradient, group, t)
+            R = basis.into(gradient)
+            N, factor = adam_direction(state, R, t, betas, eps, bits=bits)
+            ratio = norm_ratio(N, R, tuple(gradient.shape), group["side"], group["scaling"])
+            rest = gradient.clone()  # (m, n)
+            add_back(rest, basis, R, -1.0 if group["residual"] == "paper" else -group["scale"])
+            add_back(parameter, basis, N, -lr * factor * group["scale"])
         add_scaled(parameter, rest, ratio, lr * factor, state, group["limit"])
         if decay:
             parameter.mul_(1 - lr * decay)

@@ -23,7 +23,7 @@ What a step costs at least: two products of 2 m n r operations, G Q and N Q^T, t
 Torch's AdamW, one operation after the other, moves about twenty times W's bytes, its fused kernel seven. Measured on
 two cores (benchmarks/optimizers.py): at 1024 x 1024 and r = 128 the two products alone take 1.20 of AdamW's step and a
 step 1.40 of it, on all weights of SmolLM2-135M 0.79 and 1.04. A subspace found `warm` is worth six such products and
-12 n r^2 for its basis.
+12 n r^2 for its basis. `products: fast` multiplies these in bfloat16 or TF32 (core/optim/products.py).
 Source: arXiv:2403.03507, algorithms 1 and 2, and its released code.
 """
 
@@ -42,6 +42,7 @@ from rankworks.core.fields import Positive, Setting
 from rankworks.core.optim.adafactor import CLIP, DECAY, EPS, adafactor_numbers, adafactor_step
 from rankworks.core.optim.method import Group
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
+from rankworks.core.optim.products import multiplying
 from rankworks.core.optim.projected import Projected
 from rankworks.core.optim.projection import Basis, Modes, add_back, basis_numbers, projected_shape
 from rankworks.core.optim.stepwise import Stepwise, count_step
@@ -109,6 +110,10 @@ class GaLoreSteps(Stepwise):
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         """One step along the direction of the rule on R, taken back."""
+        with multiplying(group.get("products", "full") if group["projected"] else "full", gradient.device):
+            self._step(parameter, gradient, state, group)
+
+    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         t = count_step(state)
         basis = self._basis(state, gradient, group, t)
         if group["rule"] == "adafactor":

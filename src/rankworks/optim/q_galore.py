@@ -42,6 +42,7 @@ from rankworks.core.fields import Positive, Setting
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.optim.method import Group, grouped
 from rankworks.core.optim.moments import adam_bytes, adam_direction, adam_step
+from rankworks.core.optim.products import multiplying
 from rankworks.core.optim.projected import Projected
 from rankworks.core.optim.projection import Basis, add_back, projected_shape, sides
 from rankworks.core.optim.stepwise import Stepwise, count_step
@@ -155,14 +156,16 @@ class QuantisedGaLore(Stepwise):
         if not group["projected"]:
             adam_step(parameter, gradient, state, t, betas, eps, lr, decay, released=False, bits=8)
             return
-        basis = self._basis(state, gradient, group, t)
-        R = _cast(basis, gradient.dtype).into(gradient)
+        with multiplying(group.get("products", "full"), gradient.device):
+            basis = self._basis(state, gradient, group, t)
+            R = _cast(basis, gradient.dtype).into(gradient)
         N, factor = adam_direction(state, R, t, betas, eps, released=False, bits=8)
         if lr == 0:
             return
         integer = isinstance(parameter, IntegerParameter)
         W = dequantise_groups(parameter.held) if integer else parameter
-        add_back(W, _cast(basis, W.dtype), N, -lr * factor * group["scale"])
+        with multiplying(group.get("products", "full"), gradient.device):
+            add_back(W, _cast(basis, W.dtype), N, -lr * factor * group["scale"])
         if decay:
             W.mul_(1 - lr * decay)
         if integer:

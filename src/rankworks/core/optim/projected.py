@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankworks.core.fields import Positive, Rank, Setting
 from rankworks.core.optim.method import Group, OptimizerMethod, grouped
+from rankworks.core.optim.products import Products
 from rankworks.core.optim.projection import Side
 from rankworks.core.targets import find_sites
 
@@ -27,6 +28,9 @@ class Projected(OptimizerMethod):
     refresh: int = Setting(200, "steps from one subspace to the next", ge=1)
     scale: float = Positive(0.25, "factor on the projected step")
     side: Side = Setting("std", "which side of the gradient is projected; std: the shorter one")
+    products: Products = Setting(
+        "full", "of float32 matrices in and out of the subspace; fast: of bfloat16 on a CPU, TF32 on CUDA"
+    )
     targets: str | list[str] = Setting("all-linear", "which weights are projected (see core/targets.py)")
     betas: tuple[float, float] = Setting((0.9, 0.999), "decays of the two moments")
     eps: float = Positive(1e-6, "added to the root, against division by zero")

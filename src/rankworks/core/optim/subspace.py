@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rankworks.core.draw import Draw
+from rankworks.core.optim.products import exactly
 from rankworks.core.optim.projection import Basis, Modes, Side, leading_basis, sides
 from rankworks.linalg.orthonormal import orthonormal
 
@@ -65,7 +66,8 @@ def _leading(M: Tensor, r: int, old: Tensor | None, draw: Draw) -> Tensor:
         Z = orthonormal(M.mT @ Y.div_(torch.where(lengths == 0, 1.0, lengths)))  # scaled: near singular vectors
     gram = _gram(M @ Z)
     turn = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :r].to(Z)  # (width, r), largest first
-    Z = Z @ turn
+    with exactly(M.device):  # orthonormal to the last bit, however G is multiplied
+        Z = Z @ turn
     towards = (Z * old).sum(0) if old is not None else Z.gather(0, Z.abs().argmax(0, keepdim=True)).squeeze(0)
     return Z * torch.where(towards < 0, -1.0, 1.0).to(Z)
 
