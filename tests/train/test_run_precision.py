@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+import rankworks as rw
 from rankworks.train.config import EvaluateConfig
 from rankworks.train.measure import Evaluator
-from rankworks.train.precision import Precision, autocast
+from rankworks.train.precision import Precision, autocast, resolved
 from rankworks.train.prepare import Prepared
 from rankworks.train.sources import Task
 from rankworks.train.sources.template import Template
@@ -54,6 +55,22 @@ def test_measured_as_it_trains(kind: str, precision: Precision) -> None:
     evaluator.measure(model)
     assert (torch.bfloat16 if precision == "bf16" else torch.float32) in seen[False]
     assert seen[True] == ({torch.float32} if kind == "completion" else set())
+
+
+@pytest.mark.parametrize(("able", "came_to"), [({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "float32")])
+def test_auto_is_what_the_processor_multiplies(
+    able: dict[str, bool], came_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    cpu = torch.device("cpu")
+    assert resolved("auto", cpu) == came_to
+    assert (resolved("bf16", cpu), resolved("float32", cpu)) == ("bf16", "float32")
+    with autocast(cpu, "auto"):
+        assert torch.is_autocast_enabled("cpu") == (came_to == "bf16")
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    config = {"train": {"steps": 1, "precision": "auto"}, "optim": {"lr": 1e-3}}
+    rw.adapt(model, "lora", rank=2)
+    assert rw.train(model, tokenizer, task("completion"), config).precision == came_to
 
 
 def test_float32_is_left_as_it_is() -> None:

@@ -35,6 +35,7 @@ from rankworks.compare.study import Ledger, shown
 from rankworks.compare.trial import Bench
 from rankworks.core.errors import ConfigError
 from rankworks.core.files import atomic_write
+from rankworks.train.precision import resolved
 from rankworks.train.processes import processes
 from rankworks.train.report.gather import environment
 from rankworks.train.sources import Task, load_task
@@ -163,6 +164,7 @@ class _Comparison:
             standings, self.costs, self.scale, self.session.baseline, config.confidence, self._row_command
         )
         model: Any = config.model
+        device = next(bench.base.model.parameters()).device
         shared = shared_identity(config, bench.task.classes)
         source = config.data.name if config.data is not None and config.data.name else bench.task.title
         arms = [
@@ -177,7 +179,7 @@ class _Comparison:
                 "shape": model.shape,
                 "parameters": sum(p.numel() for p in bench.base.model.parameters()),
                 "dtype": model.dtype,
-                "device": str(next(bench.base.model.parameters()).device),
+                "device": str(device),
                 "task": model.task,
             },
             data={
@@ -206,7 +208,7 @@ class _Comparison:
             skipped=[Skipped(r.label, r.key, r.reason) for r in self.refused],
             warnings=self._warnings(standings),
             method=in_words(config.confidence),
-            environment=environment(),
+            environment=environment(resolved(config.train.precision, device)),
             seconds=round(sum(row.seconds for row in rows), 3),
             command=self.command,
             storage=shown(self.ledger.url),

@@ -42,6 +42,7 @@ from rankworks.train.checkpoint import Checkpoints
 from rankworks.train.config import AUTO, OptimConfig, RunConfig, load_config
 from rankworks.train.loop import Loop
 from rankworks.train.measure import Evaluator, Measured
+from rankworks.train.precision import resolved
 from rankworks.train.prepare import Prepared
 from rankworks.train.processes import processes
 from rankworks.train.quantising import products, quantise_base, together
@@ -285,6 +286,7 @@ def _result(model: nn.Module, loop: Loop, before: Measured, after: Measured, fol
         output=str(folder) if folder is not None else None,
         chosen=_chosen(model, names),
         optimizer_bytes=held_bytes(loop.optimizer),
+        precision=resolved(loop.train.precision, next(model.parameters()).device),
     )
 
 

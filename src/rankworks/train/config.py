@@ -167,7 +167,10 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, slower"
     )
-    precision: Precision = Field(default="float32", description="bf16: autocast; weights keep model.dtype")
+    precision: Precision = Field(
+        default="float32",
+        description="bf16: autocast, weights keep model.dtype; auto: where the device has such products",
+    )
     compile: bool = Field(default=False, description="torch.compile the model: slow start, faster steps")
     loss_chunk_mib: int = Field(default=128, ge=1, description="upper bound of the logits that exist at once")
     eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations on the validation data")

@@ -36,6 +36,7 @@ class RunResult:
     tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
     adapter's selection chose, layers or modules; None without one. model: where the model lies that was trained as a
     whole, None beside an adapter. optimizer_bytes: what the optimizer kept in the end, but for step counters.
+    precision: what it computed in, "float32" or "bf16".
     """
 
     before: dict[str, float]
@@ -58,6 +59,7 @@ class RunResult:
     model: str | None = None
     model_bytes: int = 0
     optimizer_bytes: int = 0
+    precision: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""

@@ -57,7 +57,7 @@ def gather(folder: str | Path) -> Evidence:
         before = Confusion(**measured["confusion"]) if measured.get("confusion") else None
     except (OSError, ValueError, AttributeError):
         before = None  # an older or foreign folder: the report shows the state after training alone
-    return Evidence(folder, config, result, before, _steps(folder / "metrics.jsonl"), environment())
+    return Evidence(folder, config, result, before, _steps(folder / "metrics.jsonl"), environment(result.precision))
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
@@ -87,8 +87,8 @@ def per_class(confusion: Confusion) -> dict[str, tuple[int, int]]:
     return {name: (row[i], sum(row)) for i, (name, row) in enumerate(rows)}
 
 
-def environment() -> dict[str, str]:
-    """Return what the machine and the libraries are."""
+def environment(precision: str) -> dict[str, str]:
+    """Return what the machine and the libraries are, and what was computed in."""
     import torch
     import transformers
 
@@ -100,6 +100,7 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs",
     }
+    described["computes in"] = precision
     if torch.cuda.is_available():
         described["accelerator"] = torch.cuda.get_device_name()
     return described
