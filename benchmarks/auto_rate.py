@@ -66,7 +66,7 @@ def pair(cells: Cells, task: str, method: str) -> dict[str, Any]:
     """Return what came of a pair."""
     import auto_rate_tasks as tasks
 
-    from rankworks.train import rate as rule
+    from rankworks.train.rates import rate as rule
 
     setting = tasks.SETTINGS[task]
     what = [task, asdict(setting), method, tasks.METHODS[method]]
@@ -112,7 +112,7 @@ def measure(task: str, method: str) -> dict[str, Any]:
     import auto_rate_tasks as tasks
 
     from rankworks.train.config import OptimConfig
-    from rankworks.train.rate import measure_rate
+    from rankworks.train.rates.rate import measure_rate
 
     loaded = tasks.load(task)
     with tasks.adapted(loaded, method) as model:
@@ -127,10 +127,10 @@ def sharpness_of(task: str, method: str) -> dict[str, Any]:
     import torch
 
     from rankworks.core.summary import trained
-    from rankworks.train.batches import Collator, Sampler
-    from rankworks.train.heads import evaluating
-    from rankworks.train.objective import Objective
-    from rankworks.train.sharpness import sharpness
+    from rankworks.train.batching.batches import Collator, Sampler
+    from rankworks.train.losses.heads import evaluating
+    from rankworks.train.losses.objective import Objective
+    from rankworks.train.rates.sharpness import sharpness
 
     loaded = tasks.load(task)
     first = Sampler(len(loaded.examples)).take(tasks.SETTINGS[task].batch)

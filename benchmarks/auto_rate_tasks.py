@@ -108,7 +108,7 @@ def _tiny(task: str, setting: Setting, count: int) -> Loaded:
     """A llama of 0.5 M numbers on bytes, after 300 steps on source code, adapts to arithmetic; `new` has had none."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rankworks.train.batches import Example
+    from rankworks.train.batching.batches import Example
     from rankworks.train.config import OptimConfig, TrainConfig
     from rankworks.train.loop import Loop
     from rankworks.train.sources import load_task
@@ -154,9 +154,9 @@ def train_config(task: str) -> Any:
 
 def held_out_loss(loaded: Loaded) -> float:
     """Return the mean loss on the held-out examples."""
-    from rankworks.train.batches import Collator
-    from rankworks.train.heads import evaluating
-    from rankworks.train.objective import Objective
+    from rankworks.train.batching.batches import Collator
+    from rankworks.train.losses.heads import evaluating
+    from rankworks.train.losses.objective import Objective
 
     collator, objective = Collator(loaded.pad), Objective(loaded.model)
     batches = [collator.batch(loaded.held_out[i : i + 24]) for i in range(0, len(loaded.held_out), 24)]

@@ -99,8 +99,8 @@ class Bench:
         from rankworks.core.spec import AdaptSpec
         from rankworks.train.calibration import measure_evidence
         from rankworks.train.config import OptimConfig, TrainConfig
-        from rankworks.train.evaluate import mean_loss
         from rankworks.train.loop import Loop
+        from rankworks.train.measuring.evaluate import mean_loss
 
         model, prepared, examples, held_out = self._load()
         setting, pad = self.setting, prepared.pad

@@ -103,10 +103,10 @@ def task_step(
     name: str, base: nn.Module, examples: Callable[[int], list[Any]], pad: int
 ) -> tuple[Callable[[int], object], int]:
     """Return the step of a variant on the examples of a round: ours packed, with logits where a label stands."""
-    from rankworks.train.batches import Collator
+    from rankworks.train.batching.batches import Collator
+    from rankworks.train.batching.documents import by_document
     from rankworks.train.compiled import compiled
-    from rankworks.train.documents import by_document
-    from rankworks.train.objective import Objective
+    from rankworks.train.losses.objective import Objective
 
     model = TASK[name](sharing_copy(base)).train()
     own = name.startswith("ours")

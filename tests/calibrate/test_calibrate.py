@@ -278,7 +278,7 @@ def test_a_bar_is_shown_where_a_person_waits(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_seed_of_a_run_decides_what_is_measured() -> None:
     from types import SimpleNamespace
 
-    from rankworks.train.batches import Example
+    from rankworks.train.batching.batches import Example
     from rankworks.train.calibration import measure_evidence
 
     examples = [Example(ids := tuple(token_batch(batch=1, length=4 + s, seed=s)[0].tolist()), ids) for s in range(12)]

@@ -15,7 +15,7 @@ from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Need
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
-from rankworks.train.batches import Collator, Example
+from rankworks.train.batching.batches import Collator, Example
 from rankworks.train.calibration import masks_of as masks_of_examples
 from tiny import tiny_convnet, tiny_llama, tiny_moe, token_batch
 

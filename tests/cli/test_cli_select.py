@@ -9,7 +9,7 @@ import pytest
 from workshop import Workshop, rankworks
 
 from rankworks.core.select import in_words
-from rankworks.train.relax import ScoreSteps
+from rankworks.train.searching.relax import ScoreSteps
 
 SEARCH = "search.steps=3"
 

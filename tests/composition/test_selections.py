@@ -18,10 +18,10 @@ from rankworks.core.scaled import scaled
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.core.targets import find_sites, stacks_of
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.config import OptimConfig, RunConfig, TrainConfig
 from rankworks.train.loop import Loop
-from rankworks.train.search import chosen_spec, must_search, search
+from rankworks.train.searching.search import chosen_spec, must_search, search
 from tiny import tiny_llama, token_batch
 
 SELECTIONS = [method.key for method in methods("selection")]

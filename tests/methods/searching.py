@@ -16,8 +16,8 @@ from rankworks.core.registry import build
 from rankworks.core.scaled import scaled
 from rankworks.core.state import state_of
 from rankworks.core.targets import find_sites
-from rankworks.train.batches import Batch, Collator, Example
-from rankworks.train.relax import Relaxed, ScoreSteps, WholeObjective
+from rankworks.train.batching.batches import Batch, Collator, Example
+from rankworks.train.searching.relax import Relaxed, ScoreSteps, WholeObjective
 from tiny import tiny_gpt2, token_batch
 
 

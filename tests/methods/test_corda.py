@@ -30,7 +30,7 @@ import rankworks as rw
 from rankworks.core.errors import ConfigError, TargetError
 from rankworks.core.spec import AdaptSpec
 from rankworks.inits.corda import damped
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.loop import Loop
 from tiny import tiny_llama, token_batch

@@ -20,7 +20,7 @@ from rankworks.core.registry import build
 from rankworks.core.scaled import scaled
 from rankworks.core.select import layer_of
 from rankworks.core.state import state_of
-from rankworks.train.objective import Objective
+from rankworks.train.losses.objective import Objective
 from tiny import tiny_llama, token_batch
 
 SELECT = {"select": "diffora"}

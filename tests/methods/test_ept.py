@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rankworks as rw
 from rankworks.core.errors import ConfigError, ExportError, MergeError, TargetError
 from rankworks.core.state import state_of
-from rankworks.train.objective import Objective
+from rankworks.train.losses.objective import Objective
 from rankworks.train.optim import set_learning_rate
 from tiny import tiny_bert_classifier, tiny_gemma3, tiny_gpt2, tiny_llama, token_batch
 

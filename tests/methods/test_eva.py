@@ -369,7 +369,7 @@ def test_a_loop_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def examples() -> list[Any]:
-    from rankworks.train.batches import Example
+    from rankworks.train.batching.batches import Example
 
     made = []
     for seed in range(16):

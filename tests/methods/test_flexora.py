@@ -16,8 +16,8 @@ from torch import Tensor
 import rankworks as rw
 from rankworks.core.errors import ConfigError
 from rankworks.core.registry import build
-from rankworks.train.objective import Objective
-from rankworks.train.relax import Relaxed, WholeObjective
+from rankworks.train.losses.objective import Objective
+from rankworks.train.searching.relax import Relaxed, WholeObjective
 from tiny import tiny_mlp, token_batch
 
 SELECT = {"select": "flexora"}

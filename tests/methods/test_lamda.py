@@ -34,7 +34,7 @@ from rankworks.core.errors import ExportError, TargetError
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.store import adapter_state
 from rankworks.export import export
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.checkpoint import trained_tensors
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.hooks import HookCallback

@@ -11,7 +11,7 @@ from training import make_examples
 
 from rankworks.core.spec import AdaptSpec
 from rankworks.train.config import RunConfig
-from rankworks.train.search import search
+from rankworks.train.searching.search import search
 from tiny import tiny_llama
 
 SELECT = {"select": "diffora", "every": 1}

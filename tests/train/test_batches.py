@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rankworks.core.errors import ConfigError, DataError
-from rankworks.train.batches import Collator, Example, Sampler
-from rankworks.train.loss import IGNORE
+from rankworks.train.batching.batches import Collator, Example, Sampler
+from rankworks.train.losses.loss import IGNORE
 
 
 def example(length: int, learned: int = 2, start: int = 3) -> Example:

@@ -15,9 +15,9 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from rankworks.train.heads import evaluating, split_model
-from rankworks.train.loss import IGNORE, chunk_rows, chunked_cross_entropy
-from rankworks.train.objective import Objective
+from rankworks.train.losses.heads import evaluating, split_model
+from rankworks.train.losses.loss import IGNORE, chunk_rows, chunked_cross_entropy
+from rankworks.train.losses.objective import Objective
 from tiny import tiny_gemma3, tiny_gpt2, tiny_llama, token_batch
 
 SMALL = {

@@ -11,11 +11,11 @@ from training import make_loop
 from transformers import MambaConfig, MambaForCausalLM
 
 import rankworks as rw
-from rankworks.train.batches import Batch, Collator, Example
-from rankworks.train.documents import NAME, SHORT, by_document, document_attention
+from rankworks.train.batching.batches import Batch, Collator, Example
+from rankworks.train.batching.documents import NAME, SHORT, by_document, document_attention
 from rankworks.train.loop import Loop
-from rankworks.train.loss import IGNORE
-from rankworks.train.objective import Objective
+from rankworks.train.losses.loss import IGNORE
+from rankworks.train.losses.objective import Objective
 from tiny import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_moe
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "moe": tiny_moe}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rankworks.core.errors import DataError
-from rankworks.train.data import Encoder, join_documents
-from rankworks.train.loss import IGNORE
+from rankworks.train.batching.data import Encoder, join_documents
+from rankworks.train.losses.loss import IGNORE
 from rankworks.train.prepare import Prepared
 from rankworks.train.sources.task import Task
 from rankworks.train.sources.template import Template

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from training import make_examples
 
-from rankworks.train.batches import Example
-from rankworks.train.evaluate import (
+from rankworks.train.batching.batches import Example
+from rankworks.train.measuring.evaluate import (
     choose_answers,
     choose_classes,
     confusion_counts,
@@ -20,7 +20,7 @@ from rankworks.train.evaluate import (
     mean_loss,
     same_answer,
 )
-from rankworks.train.likelihood import Question
+from rankworks.train.measuring.likelihood import Question
 from tiny import byte_tokenizer, tiny_bert_classifier, tiny_gpt2, tiny_llama
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rankworks.core.errors import ConfigError
-from rankworks.train.likelihood import Question, answer_scores, by_length, common_start, decisive
+from rankworks.train.measuring.likelihood import Question, answer_scores, by_length, common_start, decisive
 from tiny import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_moe
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "moe": tiny_moe}

@@ -85,7 +85,7 @@ def test_bf16_and_full_fine_tuning_run():
 
 
 def test_a_classifier_is_trained():
-    from rankworks.train.batches import Example
+    from rankworks.train.batching.batches import Example
     from tiny import tiny_bert_classifier
 
     model = tiny_bert_classifier()
@@ -167,7 +167,7 @@ def test_steps_from_epochs():
 
 
 def test_nothing_to_train_and_no_labels_are_errors():
-    from rankworks.train.batches import Example
+    from rankworks.train.batching.batches import Example
 
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(TrainingError, match=r"nothing to train.*adapt"):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from rankworks.train.config import EvaluateConfig
-from rankworks.train.measure import Evaluator
+from rankworks.train.measuring.measure import Evaluator
 from rankworks.train.prepare import Prepared
 from rankworks.train.sources import Task
 from rankworks.train.sources.template import Template

@@ -15,7 +15,7 @@ import rankworks as rw
 from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.kernels.gaussian import divergence, log_prior
 from rankworks.core.store import adapter_state, load_adapter_state
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from tiny import tiny_llama, tiny_mlp
 from train.training import make_examples
 

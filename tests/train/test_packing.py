@@ -7,12 +7,12 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from rankworks.core.errors import ConfigError
-from rankworks.train.batches import Collator, Example
+from rankworks.train.batching.batches import Collator, Example
+from rankworks.train.batching.packing import cheapest_rows, first_fit, separates_documents
 from rankworks.train.config import TrainConfig
 from rankworks.train.loop import packs
-from rankworks.train.loss import IGNORE
-from rankworks.train.objective import Objective
-from rankworks.train.packing import cheapest_rows, first_fit, separates_documents
+from rankworks.train.losses.loss import IGNORE
+from rankworks.train.losses.objective import Objective
 from tiny import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_moe
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "moe": tiny_moe}

@@ -16,12 +16,12 @@ from training import adapted, make_examples, small_run, weights
 
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.train import api
-from rankworks.train.batches import Batch, Collator
+from rankworks.train.batching.batches import Batch, Collator
 from rankworks.train.config import CALIBRATED, OptimConfig, TrainConfig, load_config
 from rankworks.train.loop import Loop, read_metrics
-from rankworks.train.objective import Objective
-from rankworks.train.probe import probing
-from rankworks.train.rate import Trial, decided, highest, measure_rate, trial, trial_steps
+from rankworks.train.losses.objective import Objective
+from rankworks.train.rates.probe import probing
+from rankworks.train.rates.rate import Trial, decided, highest, measure_rate, trial, trial_steps
 from rankworks.train.result import RunResult
 
 TRAIN, OPTIM = TrainConfig(steps=6, batch_size=8), OptimConfig(lr="auto")

@@ -9,7 +9,7 @@ import torch
 
 import rankworks as rw
 from rankworks.train.config import EvaluateConfig
-from rankworks.train.measure import Evaluator
+from rankworks.train.measuring.measure import Evaluator
 from rankworks.train.precision import Precision, autocast, resolved
 from rankworks.train.prepare import Prepared
 from rankworks.train.sources import Task

@@ -21,8 +21,8 @@ from rankworks.core.state import state_of
 from rankworks.train import run
 from rankworks.train.api import FOUND
 from rankworks.train.config import RunConfig
-from rankworks.train.relax import ScoreSteps
-from rankworks.train.search import must_search, search
+from rankworks.train.searching.relax import ScoreSteps
+from rankworks.train.searching.search import must_search, search
 from tiny import tiny_bert_classifier, tiny_llama
 
 FLEXORA = {"select": "flexora", "top_k": 1}

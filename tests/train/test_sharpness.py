@@ -12,7 +12,7 @@ import rankworks as rw
 from rankworks.conformance.models import build, inputs
 from rankworks.core.errors import TrainingError
 from rankworks.core.summary import trained
-from rankworks.train.sharpness import sharpness
+from rankworks.train.rates.sharpness import sharpness
 
 
 def slopes(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Callable[[], Sequence[Tensor]]:

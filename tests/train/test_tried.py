@@ -10,10 +10,10 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 import rankworks as rw
-from rankworks.train.batches import Example
-from rankworks.train.evaluate import mean_loss
-from rankworks.train.heads import split_model
-from rankworks.train.packing import separates_documents
+from rankworks.train.batching.batches import Example
+from rankworks.train.batching.packing import separates_documents
+from rankworks.train.losses.heads import split_model
+from rankworks.train.measuring.evaluate import mean_loss
 from tiny import tiny_llama
 
 EXAMPLES = [Example((5, 6, 7, 8), (5, 6, 7, 8)), Example((9, 8, 7), (9, 8, 7))]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.adapt import adapt
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.loop import Loop
-from rankworks.train.loss import IGNORE
+from rankworks.train.losses.loss import IGNORE
 from tiny import byte_tokenizer, tiny_llama
 
 CLASSES = ["sport", "business", "tech"]

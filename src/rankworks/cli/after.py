@@ -10,7 +10,7 @@ from rich.text import Text
 from rankworks.cli.output import Output, command, facts, short, table
 from rankworks.cli.words import title
 from rankworks.core.select import in_words
-from rankworks.train.rate import MeasuredRate
+from rankworks.train.rates.rate import MeasuredRate
 from rankworks.train.report import interval
 from rankworks.train.report.words import duration, size
 

@@ -26,7 +26,7 @@ from rankworks.plan.source import Source, open_source
 from rankworks.plan.trace import step_inputs, trace_step
 from rankworks.train.config import OptimConfig, RunConfig
 from rankworks.train.quantising import products
-from rankworks.train.search import must_search, widest
+from rankworks.train.searching.search import must_search, widest
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rankworks.compare.session import Standing
 from rankworks.compare.statistics import DRAWS, METHOD, Estimate, Resampler, better, holm, ranks
 from rankworks.compare.trial import COMPLETE, DIVERGED, PRUNED
 from rankworks.train.config import AUTO
-from rankworks.train.rate import MeasuredRate
+from rankworks.train.rates.rate import MeasuredRate
 from rankworks.train.report import interval
 
 SHARES = ("accuracy", "exact_match")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rankworks.train.batches import Collator, Example
+from rankworks.train.batching.batches import Collator, Example
+from rankworks.train.batching.documents import by_document
+from rankworks.train.batching.packing import separates_documents
 from rankworks.train.config import EvaluateConfig
-from rankworks.train.documents import by_document
-from rankworks.train.evaluate import mean_loss
-from rankworks.train.heads import evaluating
-from rankworks.train.measure import Evaluator
-from rankworks.train.objective import Objective
-from rankworks.train.packing import separates_documents
+from rankworks.train.losses.heads import evaluating
+from rankworks.train.losses.objective import Objective
+from rankworks.train.measuring.evaluate import mean_loss
+from rankworks.train.measuring.measure import Evaluator
 from rankworks.train.precision import Precision, autocast
 from rankworks.train.prepare import Prepared
 from rankworks.train.result import Confusion

@@ -37,8 +37,8 @@ from rankworks.train.config import AUTO, Auto, RunConfig
 from rankworks.train.loop import History, Loop
 from rankworks.train.prepare import Prepared
 from rankworks.train.quantising import products, together
-from rankworks.train.rate import MeasuredRate, measure_rate
-from rankworks.train.search import chosen_spec, must_search, search, widest
+from rankworks.train.rates.rate import MeasuredRate, measure_rate
+from rankworks.train.searching.search import chosen_spec, must_search, search, widest
 from rankworks.train.sources import Task
 from rankworks.train.sources.split import choose
 

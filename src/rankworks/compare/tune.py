@@ -3,8 +3,8 @@
 The first trials are a grid in half decades, from the middle outwards; where there are more trials than points, Optuna's
 TPE sampler places the rest, and where there are fewer, they are spread over the range. When all are done and the best
 learning rate lies on an edge, a decade beyond it is tried in two more trials, `tune.widen` times at most. With `lr:
-auto` every trial measures its rate at its start (train/rate.py), so one is enough where nothing else is tuned. What is
-to be done is a function of what is finished, so every process that shares a study comes to the same cells.
+auto` every trial measures its rate at its start (train/rates/rate.py), so one is enough where nothing else is tuned.
+What is to be done is a function of what is finished, so every process that shares a study comes to the same cells.
 """
 
 from __future__ import annotations

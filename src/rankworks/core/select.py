@@ -1,9 +1,9 @@
 """Selection: which of the targeted sites get a change at all.
 
 A subclass is registered with `@selection`. One that knows from the model alone writes `choose`. One that must search
-derives from `Searching`: a run on data (train/search.py) learns a score for every unit (a layer, a module), lets each
-change act times the weight that `weights` makes of the scores (core/scaled.py), asks `decide` and fills `chosen`, so
-that an adapter file says what was chosen; then the adapter is made and trained afresh.
+derives from `Searching`: a run on data (train/searching/search.py) learns a score for every unit (a layer, a module),
+lets each change act times the weight that `weights` makes of the scores (core/scaled.py), asks `decide` and fills
+`chosen`, so that an adapter file says what was chosen; then the adapter is made and trained afresh.
 
 A layer is the first whole number in a site's name; the layers that are counted together, such as `model.layers` or the
 two of an encoder-decoder, are a stack. A selection of layers leaves out what lies in none.

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rankworks.core.errors import ConfigError
-from rankworks.train.loss import chunk_rows, chunked_cross_entropy
+from rankworks.train.losses.loss import chunk_rows, chunked_cross_entropy
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _GROUPED = torch.ops.aten._grouped_mm.default

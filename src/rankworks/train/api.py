@@ -36,20 +36,20 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.core.store import TENSORS, adapter_state, save
 from rankworks.core.summary import trainable_parameters
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.calibration import measure_evidence
 from rankworks.train.checkpoint import Checkpoints
 from rankworks.train.config import AUTO, OptimConfig, RunConfig, load_config
 from rankworks.train.loop import Loop
-from rankworks.train.measure import Evaluator, Measured
+from rankworks.train.measuring.measure import Evaluator, Measured
 from rankworks.train.precision import resolved
 from rankworks.train.prepare import Prepared
 from rankworks.train.processes import processes
 from rankworks.train.quantising import products, quantise_base, together
-from rankworks.train.rate import FILE as RATE
-from rankworks.train.rate import MeasuredRate, measure_rate, read_rate
+from rankworks.train.rates.rate import FILE as RATE
+from rankworks.train.rates.rate import MeasuredRate, measure_rate, read_rate
 from rankworks.train.result import Confusion, RunResult, Shown
-from rankworks.train.search import FOUND, chosen_spec, must_search, search, widest
+from rankworks.train.searching.search import FOUND, chosen_spec, must_search, search, widest
 from rankworks.train.sources import DataConfig, Task, load_task
 from rankworks.train.standing import record, unfinished
 from rankworks.train.whole import save_model, train_whole

@@ -10,9 +10,9 @@ from torch import nn
 from rankworks.calibrate import Masks, calibrate
 from rankworks.core.evidence import Evidence
 from rankworks.core.spec import AdaptSpec
-from rankworks.train.batches import Batch, Collator, Example, Sampler
-from rankworks.train.loss import IGNORE
-from rankworks.train.objective import Objective
+from rankworks.train.batching.batches import Batch, Collator, Example, Sampler
+from rankworks.train.losses.loss import IGNORE
+from rankworks.train.losses.objective import Objective
 from rankworks.train.prepare import Prepared
 
 WHOLE = 1 << 62

@@ -3,7 +3,7 @@
 A whole model compiled as one graph takes minutes, and again for every new shape that fits no earlier one. Here each
 layer of a repeated stack is compiled in place with dynamic shapes: two graphs in all (the first layer's input asks for
 no gradient, the others' does), whatever the depth and the lengths of the batches. Attention over packed documents
-(train/documents.py) stays outside of the graphs, so a compiled run packs as any other.
+(train/batching/documents.py) stays outside of the graphs, so a compiled run packs as any other.
 """
 
 from __future__ import annotations

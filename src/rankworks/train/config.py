@@ -63,7 +63,7 @@ QUANTISED_WHOLE = "model.quantise is for a base that stays frozen, and the whole
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
-"""A learning rate that is measured at the start of the run; see train/rate.py."""
+"""A learning rate that is measured at the start of the run; see train/rates/rate.py."""
 
 CALIBRATED = ("adamw", "adam")
 """Optimizers for which the measured rate was held against sweeps."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment
-from rankworks.train.batches import Batch
+from rankworks.train.batching.batches import Batch
 from rankworks.train.checkpoint import random_states, restore_random_states
-from rankworks.train.objective import Objective
+from rankworks.train.losses.objective import Objective
 
 READS_GRADIENTS = ("after_backward", "after_step")
 """The moments of a hook that promise gradients."""

@@ -28,7 +28,9 @@ from rankworks.core.errors import ConfigError, DivergedError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.core.ranks.surgery import adopt_settings, rebind, site_settings
 from rankworks.train.apart import average_gradients, leave_out
-from rankworks.train.batches import Batch, Collator, Example, Sampler
+from rankworks.train.batching.batches import Batch, Collator, Example, Sampler
+from rankworks.train.batching.documents import by_document
+from rankworks.train.batching.packing import separates_documents
 from rankworks.train.checkpoint import (
     Checkpoints,
     load_trained_tensors,
@@ -38,15 +40,13 @@ from rankworks.train.checkpoint import (
 )
 from rankworks.train.compiled import compiled
 from rankworks.train.config import OptimConfig, TrainConfig
-from rankworks.train.documents import by_document
 from rankworks.train.evaluating import Evaluating
 from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
 from rankworks.train.layerwise import Layerwise, Mode
+from rankworks.train.losses.objective import Objective
 from rankworks.train.memory import PeakMemory
 from rankworks.train.metrics import Metrics
-from rankworks.train.objective import Objective
 from rankworks.train.optim import learning_rate_factor, make_optimizer, set_learning_rate
-from rankworks.train.packing import separates_documents
 from rankworks.train.processes import processes
 from rankworks.train.progress import Bar, megabytes
 

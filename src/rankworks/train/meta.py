@@ -43,8 +43,8 @@ from rankworks.core.kernels.gaussian import divergence, log_prior
 from rankworks.core.progress import track
 from rankworks.core.state import state_of
 from rankworks.deltas.abmll import ABMLL, Noise
-from rankworks.train.batches import Batch, Collator
-from rankworks.train.objective import Objective
+from rankworks.train.batching.batches import Batch, Collator
+from rankworks.train.losses.objective import Objective
 
 Pair = tuple[Any, Any]
 """A task's support and query batch: what `loss` takes, by default a list of examples or a `Batch`."""

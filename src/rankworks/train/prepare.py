@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from rankworks.core.errors import DataError, did_you_mean
-from rankworks.train.batches import Example
-from rankworks.train.data import Encoder, join_documents
-from rankworks.train.likelihood import Question
+from rankworks.train.batching.batches import Example
+from rankworks.train.batching.data import Encoder, join_documents
+from rankworks.train.measuring.likelihood import Question
 from rankworks.train.progress import tracked
 from rankworks.train.sources.task import Task
 

@@ -26,8 +26,8 @@ from rankworks.calibrate.memory import memorise
 from rankworks.core.errors import ConfigError, DivergedError
 from rankworks.core.progress import track
 from rankworks.core.state import state_of
-from rankworks.train.loss import IGNORE
-from rankworks.train.objective import Objective
+from rankworks.train.losses.loss import IGNORE
+from rankworks.train.losses.objective import Objective
 from rankworks.train.optim import make_optimizer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rankworks.train.config import EvaluateConfig
-from rankworks.train.evaluate import (
+from rankworks.train.measuring.evaluate import (
     choose_answers,
     choose_classes,
     confusion_counts,

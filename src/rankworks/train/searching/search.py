@@ -2,7 +2,7 @@
 
     hold out a share of the training data
     adapt every unit, each change times a weight of its score        core/scaled.py, core/select.py
-    train the changes on the rest, the scores on what is held out    train/relax.py
+    train the changes on the rest, the scores on what is held out    train/searching/relax.py
     let the selection decide, take everything off again
 
 The adapter that is then made starts afresh and is trained on all the data. What was found stands in `search.json` of
@@ -30,13 +30,13 @@ from rankworks.core.scaled import refuse_weightless, scaled
 from rankworks.core.select import Searching
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.checkpoint import Checkpoints
 from rankworks.train.config import AUTO, RunConfig, TrainConfig
 from rankworks.train.loop import Loop
-from rankworks.train.objective import Objective
+from rankworks.train.losses.objective import Objective
 from rankworks.train.processes import processes
-from rankworks.train.relax import Relaxed, ScoreSteps, WholeObjective
+from rankworks.train.searching.relax import Relaxed, ScoreSteps, WholeObjective
 from rankworks.train.sources.split import hold_out
 from rankworks.train.standing import record, same
 

@@ -17,12 +17,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from rankworks.train.batches import Collator, Example
-from rankworks.train.documents import by_document
-from rankworks.train.heads import evaluating
-from rankworks.train.likelihood import Question, answer_scores, by_length, decisive
-from rankworks.train.objective import Objective
-from rankworks.train.packing import separates_documents
+from rankworks.train.batching.batches import Collator, Example
+from rankworks.train.batching.documents import by_document
+from rankworks.train.batching.packing import separates_documents
+from rankworks.train.losses.heads import evaluating
+from rankworks.train.losses.objective import Objective
+from rankworks.train.measuring.likelihood import Question, answer_scores, by_length, decisive
 from rankworks.train.processes import processes
 from rankworks.train.progress import tracked
 from rankworks.train.sources.template import final_answer

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankworks.core.errors import DataError
-from rankworks.train.batches import Example
-from rankworks.train.loss import IGNORE
+from rankworks.train.batching.batches import Example
+from rankworks.train.losses.loss import IGNORE
 
 Message = dict[str, str]
 

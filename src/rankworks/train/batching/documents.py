@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rankworks.core.kernels.mode import compute_dtype, no_autocast
-from rankworks.train.packing import packed_as_alone
+from rankworks.train.batching.packing import packed_as_alone
 
 NAME = "rankworks_documents"
 

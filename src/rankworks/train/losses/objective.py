@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankworks.train.batches import Batch
-from rankworks.train.documents import attends_by_document, document_inputs
-from rankworks.train.heads import SplitModel, first_output, split_model
-from rankworks.train.loss import CHUNK_BYTES, IGNORE, chunk_rows, chunked_cross_entropy
+from rankworks.train.batching.batches import Batch
+from rankworks.train.batching.documents import attends_by_document, document_inputs
+from rankworks.train.losses.heads import SplitModel, first_output, split_model
+from rankworks.train.losses.loss import CHUNK_BYTES, IGNORE, chunk_rows, chunked_cross_entropy
 from rankworks.train.precision import Precision, autocast
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from rankworks.core.summary import trained
-from rankworks.train.batches import Batch, Collator, Example, Sampler
+from rankworks.train.batching.batches import Batch, Collator, Example, Sampler
+from rankworks.train.batching.documents import by_document
 from rankworks.train.config import OptimConfig, TrainConfig
-from rankworks.train.documents import by_document
-from rankworks.train.heads import evaluating
 from rankworks.train.loop import packs
-from rankworks.train.objective import Objective
+from rankworks.train.losses.heads import evaluating
+from rankworks.train.losses.objective import Objective
 from rankworks.train.optim import make_optimizer
 
 FORWARD = 1 / 3

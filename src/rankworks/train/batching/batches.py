@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rankworks.core.errors import ConfigError, DataError
-from rankworks.train.loss import IGNORE
-from rankworks.train.packing import cheapest_rows
+from rankworks.train.batching.packing import cheapest_rows
+from rankworks.train.losses.loss import IGNORE
 
 
 @dataclass(frozen=True)

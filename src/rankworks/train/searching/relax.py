@@ -24,9 +24,9 @@ from rankworks.core.hooks import Hook, Moment
 from rankworks.core.scaled import Scaled
 from rankworks.core.select import Searching
 from rankworks.core.summary import trained
-from rankworks.train.batches import Batch, Example, Sampler
-from rankworks.train.heads import evaluating
-from rankworks.train.objective import Objective
+from rankworks.train.batching.batches import Batch, Example, Sampler
+from rankworks.train.losses.heads import evaluating
+from rankworks.train.losses.objective import Objective
 from rankworks.train.precision import Precision
 
 Batches = Callable[[Sequence[Example]], list[Batch]]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankworks.train.heads import evaluating, split_model
+from rankworks.train.losses.heads import evaluating, split_model
 from rankworks.train.tried import remembered
 
 ATTENTION_COST = 4000.0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankworks.core.errors import ConfigError
-from rankworks.train.heads import SplitModel, evaluating, first_output, split_model
+from rankworks.train.losses.heads import SplitModel, evaluating, first_output, split_model
 
 Tokens = Sequence[int]
 

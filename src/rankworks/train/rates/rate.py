@@ -26,11 +26,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from rankworks.core.errors import TrainingError
-from rankworks.train.batches import Example
+from rankworks.train.batching.batches import Example
 from rankworks.train.config import OptimConfig, TrainConfig
-from rankworks.train.probe import Probe, probing
 from rankworks.train.processes import processes
 from rankworks.train.progress import Bar
+from rankworks.train.rates.probe import Probe, probing
 
 LADDER = [float(f"{10 ** (k / 2):.3g}") for k in range(-12, 3)]
 """Rates that are tried: half decades from 1e-6 to 10."""

@@ -1,0 +1,1 @@
+"""How good a model is: accuracy by likelihood, answers by generation, perplexity."""

@@ -1,0 +1,1 @@
+"""Learning rates that are measured at the start of a run: `optim.lr: auto`."""

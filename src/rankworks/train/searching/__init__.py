@@ -1,0 +1,1 @@
+"""Selections that learn what to adapt, before the run itself."""
