@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -15,14 +16,17 @@ def peak_bytes(model: Any, inputs: Any, loss: str, checkpointing: bool) -> int:
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    _loss(model, inputs, loss).backward()  # one-off allocations happen here
+    return recorded_peak(model, lambda: _loss(model, inputs, loss).backward())
+
+
+def recorded_peak(model: Any, passes: Callable[[], None]) -> int:
+    """Return the highest sum of allocations alive during a model's passes, which are gone through twice."""
+    passes()  # one-off allocations happen here
     for parameter in model.parameters():
         parameter.grad = None
     gc.collect()  # what earlier models leave to the collector would be recorded as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        value = _loss(model, inputs, loss)
-        value.backward()
-        del value
+        passes()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = top = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

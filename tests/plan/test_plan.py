@@ -145,7 +145,7 @@ def test_no_rank_comes_nearer_to_the_budget(key: str) -> None:
 def test_a_plan_reads_well_and_is_plain_data() -> None:
     told = rw.plan("llama-60m", "lora", rank=8, init="olora", fits="500MB", sequence=512, gradient_checkpointing=True)
     text = str(told)
-    for piece in ("llama-60m (bfloat16), lora, olora on 56 sites", "624,640 of 58,073,600", "fits in 500 MB"):
+    for piece in ("llama-60m (bfloat16), lora from olora on 56 sites", "624,640 of 58,073,600", "fits in 500 MB"):
         assert piece in text
     assert "gradient checkpointing" in text
     data = json.loads(json.dumps(told.to_dict()))

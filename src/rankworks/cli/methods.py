@@ -85,10 +85,13 @@ def _page(out: Output, method: Method) -> None:
             listed.add_row(row["name"], _yaml(row["default"]), row["values"], row["help"])
         out.show(listed)
     out.head("try it")
-    out.show("  " + command("train", "FILE.yaml", f"adapt.{method.tag}={method.key}"))
+    place = "optim.name" if method.axis == "optimizer" else f"adapt.{method.tag}"
+    out.show("  " + command("train", "FILE.yaml", f"{place}={method.key}"))
     if method.axis == "delta":
         out.show("  " + command("plan", "--model", "smollm2-135m", "--delta", method.key))
-        out.show("  " + command("check", method.key))
+    if method.axis == "optimizer":
+        out.show("  " + command("plan", "--model", "smollm2-135m", "--optimizer", method.key))
+    out.show("  " + command("check", method.key))
 
 
 def equation(method: Method) -> str:
@@ -113,20 +116,47 @@ def settings(method: Method) -> list[dict[str, Any]]:
 
 
 def _values(field: Any) -> str:
-    """Return the type and the limits of a field in words: `int, 0 to 65536`, `standard | rslora`."""
-    from typing import Literal, get_args, get_origin
+    """Return the type and the limits of a field in words: `int from 0 to 65536`, `standard | rslora`."""
+    from rankworks.core.registry import MethodSpec
 
-    note = field.annotation
-    if get_origin(note) is Literal:
-        return " | ".join(str(value) for value in get_args(note))
-    name = getattr(note, "__name__", str(note)) if get_origin(note) is None else str(note).replace("typing.", "")
+    if isinstance(field.default, MethodSpec):
+        axis = field.default.method.axis
+        return f"{'an' if axis[0] in 'aeiou' else 'a'} {axis}"
     limits = {type(m).__name__.lower(): getattr(m, type(m).__name__.lower(), None) for m in field.metadata}
     words = [
         f"{word} {limits[limit]:g}"
         for limit, word in (("gt", "above"), ("ge", "from"), ("lt", "below"), ("le", "to"))
         if isinstance(limits.get(limit), int | float)
     ]
-    return f"{name} {' '.join(words)}".strip().replace("MethodSpec", "a delta").replace(" | None", " or none")
+    kind, none = _kind(field.annotation), ""
+    if kind.endswith(NONE):
+        kind, none = kind.removesuffix(NONE), NONE
+    return " ".join([kind, *words]) + none
+
+
+NONE = " or none"
+
+
+def _kind(note: Any) -> str:
+    """Return a type as it is written in YAML, in words."""
+    from types import UnionType
+    from typing import Annotated, Literal, Union, get_args, get_origin
+
+    origin, inside = get_origin(note), get_args(note)
+    if origin is Literal:
+        return " | ".join(map(str, inside))
+    if origin is Annotated:
+        return _kind(inside[0])
+    if origin in (Union, UnionType):
+        kinds = [_kind(each) for each in inside if each is not type(None)]
+        return " | ".join(kinds) + NONE * (type(None) in inside)
+    if origin is list:
+        return f"list of {_kind(inside[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_kind, inside))}]"
+    if origin is dict:
+        return f"mapping of {_kind(inside[0])} to {_kind(inside[1])}"
+    return {"str": "text"}.get(note.__name__, note.__name__)
 
 
 def _described(method: Method) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,9 @@ def plan(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SETTING=VALUE", help="Further settings of the method, e.g. init=pissa", show_default=False
+            metavar="SETTING=VALUE",
+            help="Further settings of the method, e.g. init=pissa, or of the optimizer, e.g. optim.rank=256",
+            show_default=False,
         ),
     ] = None,
     model: Annotated[
@@ -23,9 +26,14 @@ def plan(
             "--model", "-m", help="A built-in shape, a folder with config.json or a hub id.", show_default=False
         ),
     ] = None,
-    delta: Annotated[str, typer.Option("--delta", "-d", help="The method.")] = "lora",
+    delta: Annotated[
+        str, typer.Option("--delta", "-d", help="The method; none: no adapter, every weight is trained.")
+    ] = "lora",
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Its rank.", show_default="the method's")] = None,
-    targets: Annotated[str, typer.Option("--targets", "-t", help="Which weights, e.g. q_proj,v_proj.")] = "all-linear",
+    targets: Annotated[
+        str | None,
+        typer.Option("--targets", "-t", help="Which weights, e.g. q_proj,v_proj.", show_default="all-linear"),
+    ] = None,
     fits: Annotated[
         str | None, typer.Option(help="Memory to fit in, e.g. 24GB: say so, and the largest batch.", show_default=False)
     ] = None,
@@ -36,6 +44,7 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, sgd, galore, ...")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
+    layerwise: Annotated[bool, typer.Option("--layerwise", help="Step in the backward pass, free gradients.")] = False,
     every: Annotated[bool, typer.Option("--all", help="All methods side by side.")] = False,
     budget: Annotated[
         int | None, typer.Option(help="With --all: the rank that trains about so many parameters.", show_default=False)
@@ -50,6 +59,8 @@ def plan(
       rankworks plan --model llama-2-7b --all --targets q_proj,v_proj
       rankworks plan --model llama-2-7b --all --budget 20000000
       rankworks plan --model ./my-model --rank 64 init=pissa dropout=0.05
+      rankworks plan --model llama-7b --delta none --optimizer galore \\
+          optim.rank=1024 optim.rule=adamw8bit --layerwise --fits 24GB
       rankworks plan --shapes                           the built-in shapes
 
     No weights are loaded. Counts are exact: the adapter is really built, only
@@ -68,17 +79,30 @@ def plan(
             raise ConfigError(
                 "say which model: --model llama-2-7b, a folder or a hub id; --shapes lists the built-in ones."
             )
+        given = _settings(settings or [])
+        steps = {"optimizer": optimizer, **given.pop("optim", {})}
         step = {
-            "fits": fits, "batch_size": batch_size, "sequence": sequence, "dtype": dtype, "optimizer": optimizer,
-            "gradient_checkpointing": checkpointing,
+            "fits": fits, "batch_size": batch_size, "sequence": sequence, "dtype": dtype, "optimizer": steps,
+            "gradient_checkpointing": checkpointing, "layerwise": layerwise,
         }  # fmt: skip
-        given = {**_settings(settings or []), **({"rank": rank} if rank is not None else {}), "targets": targets}
+        given |= {name: value for name, value in (("rank", rank), ("targets", targets)) if value is not None}
         if budget is not None and not every:
             raise ConfigError("--budget compares methods: give --all with it.")
         if every:
             _compare(out, _known(model), budget, given, step)
         else:
             _one(out, _known(model), delta, given, step)
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """Return settings in words, those of a method within a method in brackets."""
+    words = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            words.append(f"{key} ({_told(value)})")
+        else:
+            words.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(words)
 
 
 def _settings(texts: list[str]) -> dict[str, Any]:
@@ -106,27 +130,26 @@ def _one(out: Output, model: str, delta: str, given: dict[str, Any], step: dict[
 
     with out.waiting(f"planning {model} ..."):
         told = planned(model, delta, **given, **step)
-    init = "" if told.init == "default" else f" from {told.init}"
-    out.head(f"{told.model} ({told.dtype}), {told.delta}{init} on {told.sites} sites")
-    settings = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.settings.items()
-    )
+    out.head(f"{told.model} ({told.dtype}), {told.what}")
+    adapted = told.sites > 0
     rows = f"{told.batch_size} x {told.sequence} tokens" + (
         ", gradient checkpointing" if told.gradient_checkpointing else ""
     )
+    of = f", {told.percent:.4g} % of {told.base_parameters + told.trainable_parameters:,}" if adapted else ""
     shown = {
-        "settings": settings,
-        "trainable": f"{told.trainable_parameters:,} parameters, {told.percent:.4g} % of "
-        f"{told.base_parameters + told.trainable_parameters:,}",
+        "settings": _told(told.settings),
+        "trainable": f"{told.trainable_parameters:,} parameters{of}",
         "adapter file": format_bytes(told.adapter_bytes),
         "weights": format_bytes(told.weight_bytes),
         "adapter": f"{format_bytes(told.adapter_bytes + told.frozen_bytes)} in memory",
-        "gradients": format_bytes(told.gradient_bytes),
+        "gradients": format_bytes(told.gradient_bytes) + ("  (one at a time)" if told.layerwise else ""),
         "optimizer": f"{format_bytes(told.optimizer_bytes)}  ({told.optimizer})",
         "activations": f"{format_bytes(told.activation_bytes)}  ({rows}; estimated)",
         "peak": f"{format_bytes(told.peak_bytes)}  (estimated)",
         "operations": f"{told.step_flops:.3g} per step",
     }
+    if not adapted:
+        shown = {name: text for name, text in shown.items() if name not in ("settings", "adapter file", "adapter")}
     if told.fit is not None:
         shown["verdict"] = str(told.fit)
     out.show(facts(shown))

@@ -19,11 +19,10 @@ from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.progress import track
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_modules
-from rankworks.plan import Plan, format_bytes, optimizer_bytes, parse_bytes, rank_for_budget
+from rankworks.plan import Plan, format_bytes, parse_bytes, rank_for_budget
 from rankworks.plan.compared import HIGHEST_RANK, with_rank
-from rankworks.plan.make import Step, plan_on
+from rankworks.plan.make import Step, plan_on, plan_whole
 from rankworks.plan.source import Source, open_source
-from rankworks.plan.trace import step_inputs, trace_step
 from rankworks.train.config import OptimConfig, RunConfig
 from rankworks.train.quantising import products
 from rankworks.train.searching.search import must_search, widest
@@ -50,7 +49,8 @@ class Planner:
     def cost(self, arm: Arm) -> Cost:
         """Return what an arm costs. Raises `RankworksError` where its method cannot take the model."""
         if arm.adapt is None:
-            return self._whole(arm)
+            whole = plan_whole(self.source, self._step(arm), None)
+            return Cost(whole.trainable_parameters, whole.trainable_parameters, whole.peak_bytes, whole.step_flops)
         spec = arm.spec(full=self.heads)
         if must_search(spec):
             spec = widest(self.source.model, spec)
@@ -68,27 +68,10 @@ class Planner:
                 "model: {quantise: nf4}, for all methods."
             )
 
-    def _whole(self, arm: Arm) -> Cost:
-        """Return what training the whole model costs: as of an adapter, with the weights themselves as what learns."""
-        model, step, source = self.source.model, self._step(arm), self.source
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        model.requires_grad_(True)
-        try:
-            gradients = sum(p.nbytes for p in model.parameters())
-            states = optimizer_bytes(step.states, model)
-            inputs = step_inputs(model, step.batch_size, step.sequence, step.example)
-            trace = None if inputs is None else trace_step(model, inputs, step.loss, step.checkpointing, step.fused)
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[name])
-        moving = max(trace.peak if trace else 0, 2 * gradients)
-        peak = source.weight_bytes + source.unpacked_bytes + states + moving
-        return Cost(source.parameters, source.parameters, peak, trace.flops if trace else 0.0)
-
     def _step(self, arm: Arm) -> Step:
         optim, train = OptimConfig(**arm.optim), self.config.train
         method: Any = {"optimizer": optim.name, **optim.settings()}
-        return Step(method, train.batch_size, self.sequence, train.gradient_checkpointing)
+        return Step(method, train.batch_size, self.sequence, train.gradient_checkpointing, layerwise=optim.layerwise)
 
     def at_rank(self, arm: Arm, rank: int) -> dict[str, Any]:
         """Return the adapt block of an arm at another rank."""

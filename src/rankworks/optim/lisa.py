@@ -70,11 +70,19 @@ class LISA(Over):
 
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """The base's of what surrounds the blocks and of `blocks` of them; of all where state is kept."""
-        told, of = super().state_bytes(parameter, group), group["of"]
-        block = next(b for p, b in zip(group["params"], group["blocks"], strict=True) if p is parameter)
+        told, of, block = super().state_bytes(parameter, group), group["of"], _block(parameter, group)
         if block is None or self.at_switch == "keep":
             return told
         return told * ((block + 1) * self.blocks // of - block * self.blocks // of)
+
+    def rests(self, parameter: Tensor, group: Group) -> bool:
+        """All blocks but `blocks` of them: the first ones, whose gradients go through the whole backward pass."""
+        block = _block(parameter, group)
+        return block is not None and block >= self.blocks
+
+
+def _block(parameter: Tensor, group: Group) -> int | None:
+    return next(b for p, b in zip(group["params"], group["blocks"], strict=True) if p is parameter)
 
 
 class Switching(Hook):

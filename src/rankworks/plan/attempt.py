@@ -29,7 +29,14 @@ class UntraceableError(Exception):
 
 
 def attempt(
-    model: nn.Module, batch: int, sequence: int, example: Any, loss: str, checkpointing: bool, fused: bool
+    model: nn.Module,
+    batch: int,
+    sequence: int,
+    example: Any,
+    loss: str,
+    checkpointing: bool,
+    fused: bool,
+    layerwise: bool = False,
 ) -> Trace:
     """Return the trace of a step of an adapted model on so many rows; the arguments are those of `trace_step`.
 
@@ -39,7 +46,7 @@ def attempt(
     if inputs is None:
         raise UntraceableError("the model does not say what it takes; give example=")
     try:
-        return trace_step(model, inputs, loss, checkpointing, fused)
+        return trace_step(model, inputs, loss, checkpointing, fused, layerwise)
     except RankworksError:
         raise
     except WITHOUT_VALUES:

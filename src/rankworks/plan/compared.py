@@ -16,6 +16,7 @@ from rankworks.core.spec import AdaptSpec
 from rankworks.plan.make import ModelLike, Step, check_length, plan_on
 from rankworks.plan.result import Comparison, Plan
 from rankworks.plan.source import open_source
+from rankworks.plan.states import Optimizer
 from rankworks.plan.units import parse_bytes
 
 HIGHEST_RANK = 8192
@@ -27,12 +28,13 @@ def compare(
     deltas: Sequence[str] | None = None,
     *,
     budget: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     batch_size: int = 1,
     sequence: int = 512,
     dtype: str | None = None,
     fits: str | float | None = None,
     gradient_checkpointing: bool = False,
+    layerwise: bool = False,
     loss: str = "chunked",
     attention: str = "fused",
     task: str | None = None,
@@ -46,7 +48,7 @@ def compare(
     that cannot take these settings or this model is in `skipped`, with the reason.
     """
     memory = None if fits is None else parse_bytes(fits)
-    step = Step(optimizer, batch_size, sequence, gradient_checkpointing, loss, attention, example)
+    step = Step(optimizer, batch_size, sequence, gradient_checkpointing, loss, attention, example, layerwise)
     if budget is not None and "rank" in settings:
         raise ConfigError("give either a budget, which sets every method's rank, or a rank.")
     source = open_source(model, dtype, task)

@@ -26,12 +26,15 @@ class Fit:
 class Plan:
     """What adapting and training a model costs; bytes unless it says otherwise.
 
+    delta is "none" where no adapter is put on the model and all of its weights are trained.
+
     trainable_parameters: numbers trained; percent: their share of all, the adapter's included.
     adapter_bytes: what the adapter file holds; frozen_bytes: further tensors of the adapter in memory (shared random
-    banks, factors rebuilt from the weight), never written. weight_bytes: the base model. gradient_bytes and
-    optimizer_bytes: of the trained numbers. activation_bytes: the highest point of a step beyond all these, 0 where
-    `notes` says that it could not be traced. peak_bytes: the highest point of a whole step; a little below the sum,
-    since gradients come as activations go. step_flops: operations of one forward and backward pass.
+    banks, factors rebuilt from the weight), never written. weight_bytes: the base model. gradient_bytes: of the trained
+    numbers, as many as are there at one time; optimizer_bytes: what the optimizer keeps of them. activation_bytes: the
+    highest point of a step beyond all these, 0 where `notes` says that it could not be traced. peak_bytes: the highest
+    point of a whole step; a little below the sum, since gradients come as activations go. step_flops: operations of one
+    forward and backward pass.
     """
 
     model: str
@@ -57,15 +60,22 @@ class Plan:
     peak_bytes: int
     step_flops: int
     fit: Fit | None = None
+    layerwise: bool = False
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return asdict(self)
 
+    @property
+    def what(self) -> str:
+        """What is trained, in words."""
+        if not self.sites:
+            return "every weight"
+        return f"{self.delta}{'' if self.init == 'default' else f' from {self.init}'} on {self.sites} sites"
+
     def __str__(self) -> str:
-        method = self.delta if self.init == "default" else f"{self.delta}, {self.init}"
-        head = f"{self.model} ({self.dtype}), {method} on {self.sites} sites"
+        head = f"{self.model} ({self.dtype}), {self.what}"
         step = f"batch {self.batch_size} x {self.sequence}" + (
             ", gradient checkpointing" if self.gradient_checkpointing else ""
         )
@@ -74,9 +84,9 @@ class Plan:
                 "trainable parameters",
                 f"{self.trainable_parameters:,} of {self.base_parameters:,} ({self.percent:.4g} %)",
             ),
-            ("adapter file", format_bytes(self.adapter_bytes)),
+            *([("adapter file", format_bytes(self.adapter_bytes))] if self.sites else []),
             ("weights", format_bytes(self.weight_bytes)),
-            ("adapter in memory", format_bytes(self.adapter_bytes + self.frozen_bytes)),
+            *([("adapter in memory", format_bytes(self.adapter_bytes + self.frozen_bytes))] if self.sites else []),
             ("gradients", format_bytes(self.gradient_bytes)),
             (f"optimizer ({self.optimizer})", format_bytes(self.optimizer_bytes)),
             (f"activations ({step})", format_bytes(self.activation_bytes)),

@@ -40,6 +40,10 @@ BUILDERS: dict[str, Any] = {
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
 """What the base weights can be held in. int8 and nf4 are those of bitsandbytes, computing in bfloat16."""
 
+QUANTISED = "quantised"
+PACKED = ("int8", "nf4", QUANTISED)
+"""Those of which gradients cannot be taken; the last is what a live model's packed layers are called."""
+
 
 @dataclass
 class Source:
@@ -147,7 +151,7 @@ def _live(model: nn.Module, dtype: str | None) -> Source:
     if dtype is not None and not unpacked:
         kind = getattr(torch, dtype, torch.bfloat16)
         return _measured(shadow.to(kind if kind.is_floating_point else torch.bfloat16), title, dtype)
-    own = str(compute).removeprefix("torch.") if not unpacked else "quantised"
+    own = str(compute).removeprefix("torch.") if not unpacked else QUANTISED
     parameters = sum(p.numel() for p in shadow.parameters())
     return Source(shadow, title, own, parameters, bare, unpacked)
 

@@ -26,15 +26,37 @@ def read_optimizer(optimizer: Optimizer) -> MethodSpec:
 
 def optimizer_bytes(optimizer: Optimizer, model: nn.Module) -> int:
     """Return the bytes an optimizer keeps for what a model trains; also of a model on the meta device."""
-    spec = read_optimizer(optimizer)
-    method: Any = spec.method.cls(spec)  # type: ignore[call-arg]
-    return sum(method.state_bytes(p, group) for group in method.groups(model, 1.0) for p in group["params"])
+    method, placed = _placed(optimizer, model)
+    return sum(method.state_bytes(parameter, group) for parameter, group in placed)
+
+
+def resting(optimizer: Optimizer, model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that get no gradient in a step, of an optimizer that lets some rest in turns."""
+    method, placed = _placed(optimizer, model)
+    return {id(parameter) for parameter, group in placed if method.rests(parameter, group)}
 
 
 def weight_bytes(optimizer: Optimizer, model: nn.Module) -> int:
     """Return the bytes of a model's parameters while an optimizer trains it: most leave them in their own types."""
+    own = {id(p): p.nbytes for p in model.parameters()}
+    return sum((own | _held(optimizer, model)).values())
+
+
+def held_bytes(optimizer: Optimizer, model: nn.Module, plain: int) -> tuple[int, int]:
+    """Return the bytes of weights and buffers, of which `plain` are there without it, and those unpacked at a time."""
+    own = {id(p): p.nbytes for p in model.parameters()}
+    held = {key: told for key, told in _held(optimizer, model).items() if told != own[key]}
+    return plain + sum(told - own[key] for key, told in held.items()), max((own[key] for key in held), default=0)
+
+
+def _held(optimizer: Optimizer, model: nn.Module) -> dict[int, int]:
+    """Return the bytes in which each trained parameter is held, by its id."""
+    method, placed = _placed(optimizer, model)
+    return {id(parameter): method.weight_bytes(parameter, group) for parameter, group in placed}
+
+
+def _placed(optimizer: Optimizer, model: nn.Module) -> tuple[Any, list[tuple[nn.Parameter, Any]]]:
+    """Return the method, and what the model trains, each parameter with its group."""
     spec = read_optimizer(optimizer)
     method: Any = spec.method.cls(spec)  # type: ignore[call-arg]
-    own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    trained = {id(p): method.weight_bytes(p, group) for group in method.groups(model, 1.0) for p in group["params"]}
-    return sum((own | trained).values())
+    return method, [(parameter, group) for group in method.groups(model, 1.0) for parameter in group["params"]]

@@ -153,16 +153,19 @@ def trace_step(
     loss: str = "chunked",
     checkpointing: bool = False,
     fused: bool = True,
+    layerwise: bool = False,
 ) -> Trace:
     """Run a forward and a backward pass of `model`, on the meta device, and return what it takes.
 
     inputs: keyword arguments or the one positional tensor; loss: "chunked" or "full" logits of a language model;
-    checkpointing: recompute each layer's activations in the backward pass; fused: attention by a fused kernel.
+    checkpointing: recompute each layer's activations in the backward pass; fused: attention by a fused kernel;
+    layerwise: each gradient is freed as soon as it is complete.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     given = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     watch = Watch([*model.parameters(), *model.buffers(), *given])
-    hooks = [p.register_post_accumulate_grad_hook(watch.keep_gradient) for p in trained]
+    done = _free if layerwise else watch.keep_gradient
+    hooks = [p.register_post_accumulate_grad_hook(done) for p in trained]
     model.train()
     _set_checkpointing(model, checkpointing, (lambda: FusedAttention(watch)) if fused else contextlib.nullcontext)
     try:
@@ -177,6 +180,10 @@ def trace_step(
             parameter.grad = None
         model.eval()
     return Trace(saved, watch.top, watch.top_all, watch.flops)
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _set_checkpointing(model: nn.Module, on: bool, context: Callable[[], Any]) -> None:

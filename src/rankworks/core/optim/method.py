@@ -73,6 +73,10 @@ class OptimizerMethod(HasSettings):
         """Return the bytes it keeps between steps for a parameter of a group, as a formula, without step counters."""
         raise TypeError(f"{type(self).__name__} must define state_bytes(parameter, group)")
 
+    def rests(self, parameter: Tensor, group: Group) -> bool:
+        """Whether a plan counts no gradient of a parameter: of those that take turns, as many as rest at one time."""
+        return False
+
     def weight_bytes(self, parameter: Tensor, group: Group) -> int:
         """Return the bytes in which a parameter of a group is held while it is trained; most methods leave it alone."""
         return parameter.numel() * parameter.element_size()
