@@ -53,3 +53,24 @@ def test_an_unknown_name_is_answered_with_the_nearest(words: tuple[str, ...], ne
     assert said.status == 2
     assert near in said.err
     assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "place"), [("galore", "optim.name"), ("pissa", "adapt.init"), ("adalora", "adapt.ranks")]
+)
+def test_the_page_names_the_setting_that_takes_the_method(key: str, place: str) -> None:
+    said = rankworks("methods", key)
+    assert f"{place}={key}" in said.out
+    assert f"check {key}" in said.out
+
+
+def test_values_are_said_in_words() -> None:
+    values, lisa = (
+        {row["name"]: row["values"] for row in rankworks("methods", key, "--json").json[0]["settings"]}
+        for key in ("galore", "lisa")
+    )
+    assert values["betas"] == "[float, float]"
+    assert values["eps"] == "float | released"
+    assert values["targets"] == "text | list of text"
+    assert values["rank"] == "int from 0 to 65536"
+    assert (lisa["base"], lisa["stack"]) == ("an optimizer", "text or none")

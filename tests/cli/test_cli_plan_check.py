@@ -49,6 +49,17 @@ def test_plan_takes_settings_and_targets(workshop: Workshop) -> None:
     assert told["settings"]["inner"]["rank"] == 2
 
 
+def test_plan_counts_a_whole_model_and_takes_the_optimizer_s_settings(workshop: Workshop) -> None:
+    words = ("plan", "--model", workshop.model, "--delta", "none", "--sequence", "32", "--optimizer", "galore")
+    plain, said = rankworks(*words, "--json"), rankworks(*words, "optim.rank=2", "--layerwise", "--json")
+    assert said.json["trainable_parameters"] == said.json["base_parameters"]
+    assert said.json["optimizer_bytes"] < plain.json["optimizer_bytes"]
+    assert said.json["gradient_bytes"] < plain.json["gradient_bytes"]
+    assert "every weight" in said.err
+    assert "one at a time" in said.err
+    assert "adapter" not in said.err
+
+
 def test_plan_says_whether_it_fits(workshop: Workshop) -> None:
     said = rankworks("plan", "--model", workshop.model, "--sequence", "16", "--fits", "2MB", "--json")
     fit = said.json["fit"]
