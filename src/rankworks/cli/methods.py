@@ -110,18 +110,21 @@ def settings(method: Method) -> list[dict[str, Any]]:
         default = field.get_default(call_default_factory=True)
         default = default.model_dump(mode="json") if hasattr(default, "model_dump") else default
         rows.append(
-            {"name": name, "default": plain(default), "values": _values(field), "help": field.description or ""}
+            {
+                "name": name,
+                "default": plain(default),
+                "values": _values(field, method.axis),
+                "help": field.description or "",
+            }
         )
     return rows
 
 
-def _values(field: Any) -> str:
-    """Return the type and the limits of a field in words: `int from 0 to 65536`, `standard | rslora`."""
-    from rankworks.core.registry import MethodSpec
+def _values(field: Any, axis: str) -> str:
+    """Return the type and the limits of a field in words: `int from 0 to 65536`, `standard | rslora`.
 
-    if isinstance(field.default, MethodSpec):
-        axis = field.default.method.axis
-        return f"{'an' if axis[0] in 'aeiou' else 'a'} {axis}"
+    axis: of the field's method, and of a method that it takes.
+    """
     limits = {type(m).__name__.lower(): getattr(m, type(m).__name__.lower(), None) for m in field.metadata}
     words = [
         f"{word} {limits[limit]:g}"
@@ -131,6 +134,7 @@ def _values(field: Any) -> str:
     kind, none = _kind(field.annotation), ""
     if kind.endswith(NONE):
         kind, none = kind.removesuffix(NONE), NONE
+    kind = kind.replace("MethodSpec", f"{'an' if axis[0] in 'aeiou' else 'a'} {axis}")
     return " ".join([kind, *words]) + none
 
 
