@@ -6,8 +6,9 @@
 SmolLM2-135M in float32, every projection, rank 16. Timed is all that a user waits for between a loaded model and one
 that can train: what the start must measure on data (the same batches for both), the decompositions, and putting the
 adapter on the model. EVA is measured at a tau that any batch meets, so that both see the same two batches.
-One process, rounds in which each takes one start after the other on a fresh copy of the model (copying is not counted),
-ratios within a round; peak memory in a process of its own. Triples (lora-sb) start lora-xs.
+One initialiser after the other; ours and peft's take turns in one process, each on a fresh copy of the model (copying
+is not counted), ratios within a round; peak memory in a process of its own. A file that is there keeps its other rows.
+Triples (lora-sb) start lora-xs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import argparse
 import copy
 import gc
 import importlib.util
+import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any
 
 MODEL = "smollm2-135m"
 RANK = 16
+LEAST = 2  # rounds, however slow
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 OURS: dict[str, dict[str, Any]] = {
@@ -54,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=120, help="seconds after which no round of a start begins")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
@@ -101,8 +106,8 @@ def _ours(model: Any, name: str, data: list[dict[str, Any]]) -> Any:
     settings = OURS.get(name, {"init": name})
     if name == "loftq":
         return rw.adapt(model, "lora", rank=RANK, alpha=RANK, evidence=rw.quantise(model, rank=RANK), **settings)
-    triple = name in OURS or 2 in next(m for m in rw.methods("init") if m.key == name).cls.fills
-    delta = "lora" if triple else "lora-xs"
+    pair = name in OURS or 2 in next(m for m in rw.methods("init") if m.key == name).cls.fills
+    delta = "lora" if pair else "lora-xs"
     spec = rw.AdaptSpec.from_flat({"delta": delta, "rank": RANK, "alpha": RANK, **settings})
     evidence = rw.calibrate(model, data, spec, progress=False) if needed(model, spec) else None
     return rw.adapt(model, spec, evidence=evidence)
@@ -148,26 +153,14 @@ def _peft(model: Any, start: str, data: list[dict[str, Any]]) -> Any:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure what was chosen and print the result."""
+    """Measure what was chosen, one initialiser after the other, write each as it comes, and print the result."""
     import common
 
     chosen = known() if options.inits == "all" else options.inits.split(",")
     if unknown := set(chosen) - set(known()):
         sys.exit(f"unknown initialisers: {', '.join(sorted(unknown))}; there are {', '.join(known())}")
-    theirs = {key for key in PEFT if key != "corda" or importlib.util.find_spec("attr")}
-    names = [*chosen, *(f"peft-{key}" for key in chosen if key in theirs)]
-    common.note(f"{len(names)} variants: {', '.join(names)}")
-    seconds = alternate(names, options)
-    rows: dict[str, Any] = {}
-    for name in names:
-        against = {"peft": seconds[f"peft-{name}"]} if f"peft-{name}" in seconds else {}
-        rows[name] = common.summarise(seconds[name], against)
-        if options.memory:
-            common.note(f"peak memory: {name}")
-            arguments = [f"--only-memory-of={name}"]
-            arguments += [f"--{key}={getattr(options, key)}" for key in ("batches", "batch", "length", "threads")]
-            rows[name] |= common.in_child(__file__, arguments)
-    result = {
+    output = options.output or (common.RESULTS / "inits.json" if options.inits == "all" and options.memory else None)
+    result: dict[str, Any] = {
         "benchmark": "inits",
         "environment": common.environment(options.clock),
         "setting": {
@@ -177,20 +170,42 @@ def measure(options: argparse.Namespace) -> None:
             "rank": RANK,
             "data": f"{options.batches} batches of {options.batch} x {options.length} tokens, where a start needs some",
             "rounds": options.rounds,
+            "patience": options.patience,
         },
-        "inits": rows,
+        "inits": {},
     }
-    everything = options.inits == "all" and options.memory
-    common.finish(result, options.output or (common.RESULTS / "inits.json" if everything else None))
+    if output is not None and output.exists() and options.inits != "all":
+        result["inits"] = json.loads(output.read_text())["inits"]
+    model, data = base(), batches(options)
+    theirs = {key for key in PEFT if key != "corda" or importlib.util.find_spec("attr")}
+    for name in chosen:
+        for old in (name, f"peft-{name}"):
+            result["inits"].pop(old, None)
+        both = [name, *([f"peft-{name}"] if name in theirs else [])]
+        seconds = alternate(both, model, data, options)
+        for each in both:
+            rival = f"peft-{name}"
+            against = {"peft": seconds[rival]} if each == name and rival in seconds else {}
+            row = {**common.summarise(seconds[each], against), "rounds": len(seconds[each])}
+            result["inits"][each] = row | (memory_of(each, options) if options.memory else {})
+        common.write(result, output)
+    common.finish(result, output)
 
 
-def alternate(names: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Time every start once per round after one round that is not counted, each on a copy of the model of its own."""
+def alternate(
+    names: list[str], model: Any, data: list[dict[str, Any]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Time starts in turns after one round that is not counted, each on a copy of the model of its own.
+
+    Slow ones get fewer rounds, two at least: no round begins when `patience` seconds are over.
+    """
     import common
 
-    model, data, now = base(), batches(options), common.CLOCKS[options.clock]
+    now, opened = common.CLOCKS[options.clock], time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(options.rounds + 1):
+        if round_ > LEAST and time.monotonic() - opened > options.patience:
+            break
         for name in names:
             fresh, act = copy.deepcopy(model), start(name, data)
             begun = now()
@@ -199,8 +214,18 @@ def alternate(names: list[str], options: argparse.Namespace) -> dict[str, list[f
                 seconds[name].append(now() - begun)
             del fresh
             gc.collect()
-        common.note(f"round {round_} of {options.rounds}" if round_ else "warm-up")
+        common.note(f"{names[0]}: {f'round {round_}' if round_ else 'warm-up'}")
     return seconds
+
+
+def memory_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Start one variant in a process of its own, and return what memory that took."""
+    import common
+
+    common.note(f"peak memory: {name}")
+    arguments = [f"--only-memory-of={name}"]
+    arguments += [f"--{key}={getattr(options, key)}" for key in ("batches", "batch", "length", "threads")]
+    return common.in_child(__file__, arguments)
 
 
 def child(options: argparse.Namespace) -> None:
