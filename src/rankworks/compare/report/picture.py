@@ -113,8 +113,10 @@ def _order(results: Sequence[CompareResult]) -> list[str]:
 
 def _panel(panel: Panel, methods: Sequence[str], bottom: int) -> Iterator[str]:
     yield f'<text class="head" x="{panel.left:.0f}" y="20">{escape(panel.title)}</text>'
-    better = "" if panel.result.higher_is_better else "; lower is better"
-    yield f'<text class="soft" x="{panel.left:.0f}" y="38">{escape(panel.result.unit + better)}</text>'
+    result = panel.result
+    better = "" if result.higher_is_better else ", lower is better"
+    said = f"{result.unit}{better}; {result.data['train']:,} training records"
+    yield f'<text class="soft" x="{panel.left:.0f}" y="38">{escape(said)}</text>'
     axis = panel.axis
     if axis is None:
         return
