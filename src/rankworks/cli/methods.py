@@ -160,7 +160,7 @@ def _kind(note: Any) -> str:
         return f"[{', '.join(map(_kind, inside))}]"
     if origin is dict:
         return f"mapping of {_kind(inside[0])} to {_kind(inside[1])}"
-    return {"str": "text"}.get(note.__name__, note.__name__)
+    return "text" if note is str else str(note.__name__)
 
 
 def _described(method: Method) -> dict[str, Any]:
