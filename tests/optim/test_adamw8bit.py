@@ -19,6 +19,7 @@ from rankworks.core.codes.blocks import dequantise_blocks, quantise_blocks
 from rankworks.core.codes.books import dynamic_book
 from rankworks.core.errors import RankworksError
 from rankworks.core.optim import moments
+from rankworks.optim import adamw8bit
 from rankworks.optim.adamw8bit import EightBitAdamW
 from rankworks.plan.source import open_source
 from rankworks.plan.states import optimizer_bytes
@@ -121,6 +122,28 @@ def test_the_steps_are_bitsandbytes(shape: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.detach(), theirs.detach(), atol=near, rtol=near)
         adopt_moments(reference.state[theirs], optimizer.state[ours])
         theirs.data.copy_(ours.data)
+
+
+def test_in_one_kernel_it_is_bitsandbytes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA device runs, called on the CPU, where bitsandbytes registers the same operation."""
+    monkeypatch.setattr(adamw8bit, "_has_kernel", lambda _: True)
+    weight = draw(64, 128)
+    ours, optimizer = one(weight, decay=0.1)
+    theirs = nn.Parameter(weight.clone())
+    reference = bitsandbytes.optim.AdamW8bit([theirs], lr=0.01, weight_decay=0.1)
+    for i in range(6):
+        gradient = draw(64, 128, seed=10 + i) * 0.1
+        step(ours, optimizer, gradient)
+        step(theirs, reference, gradient)
+        assert torch.equal(ours, theirs)
+        kept = optimizer.state[ours]
+        for number, name in enumerate(("exp_avg", "exp_avg_sq"), start=1):
+            assert torch.equal(kept[name], reference.state[theirs][f"state{number}"].flatten())
+            assert torch.equal(kept[f"{name}_scales"], reference.state[theirs][f"absmax{number}"])
+    monkeypatch.undo()
+    step(ours, optimizer, draw(64, 128, seed=20) * 0.1)  # the same state goes on without the kernel
+    step(theirs, reference, draw(64, 128, seed=20) * 0.1)
+    torch.testing.assert_close(ours.detach(), theirs.detach(), atol=1e-6, rtol=1e-6)
 
 
 def test_in_chunks_it_is_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

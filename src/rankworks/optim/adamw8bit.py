@@ -66,13 +66,18 @@ class EightBitAdamW(Stepwise):
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
         """One step."""
         t = count_step(state)
-        if group["bits"] == 8 and parameter.numel() >= SMALLEST and parameter.is_cuda and _bitsandbytes():
-            _on_a_gpu(parameter, gradient, state, group, t)
+        if group["bits"] == 8 and parameter.numel() >= SMALLEST and _has_kernel(parameter):
+            _in_one_kernel(parameter, gradient, state, group, t)
             return
         adam_step(
             parameter, gradient, state, t, group["betas"], group["eps"], group["lr"], group["weight_decay"],
             released=False, bits=group["bits"],
         )  # fmt: skip
+
+
+def _has_kernel(parameter: Tensor) -> bool:
+    """On a CPU bitsandbytes' takes as long as ours, and puts one code in 700 in a neighbour's place."""
+    return parameter.is_cuda and _bitsandbytes()
 
 
 @cache
@@ -84,14 +89,15 @@ def _bitsandbytes() -> bool:
     return hasattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise")
 
 
-def _on_a_gpu(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, t: int) -> None:
+def _in_one_kernel(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, t: int) -> None:
     """The whole step in one kernel of bitsandbytes, on the same state."""
     for name in ("exp_avg", "exp_avg_sq"):
         make_codes(state, name, parameter)
     books = [dynamic_book(signed).to(parameter.device) for signed in (True, False)]
+    codes = [state[name].view(parameter.shape) for name in ("exp_avg", "exp_avg_sq")]
     b1, b2 = group["betas"]
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-        "adam", gradient.to(parameter.dtype).contiguous(), parameter, state["exp_avg"], state["exp_avg_sq"], b1, b2,
+        "adam", gradient.to(parameter.dtype).contiguous(), parameter, *codes, b1, b2,
         0.0, 0.0, group["eps"], t, group["lr"], *books, state["exp_avg_scales"], state["exp_avg_sq_scales"],
         group["weight_decay"], 1.0,
     )  # fmt: skip
