@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import rankworks as rw
 from rankworks.core.evidence import Need
+from rankworks.train.processes import leave
 from tiny import tiny_llama, token_batch
 
 
@@ -22,7 +23,7 @@ def main(path: str) -> None:
     found = rw.calibrate(tiny_llama(), [{"input_ids": ids, "labels": ids}], needs, progress=False)
     tensors = {f"{site}/{part}": t.clone() for site, parts in found.items() for part, t in parts.items()}
     save_file(tensors, f"{path}.{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from workshop import Said, Workshop, rankworks
 
+from launching import launched
 from rankworks.train import RunResult
 from rankworks.train.loop import History, Loop
 
@@ -227,3 +230,18 @@ def test_the_installed_program_trains(workshop: Workshop) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert json.loads(done.stdout)["steps"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(workshop: Workshop) -> None:
+    """Started as the help says; on a CPU too the processes find each other, and one of them speaks and writes."""
+    for folder, start in (("one", None), ("two", launched)):
+        words = ("train", workshop.yaml, "train.steps=3", "optim.lr=1e-3", "--output", workshop.folder / folder)
+        said = rankworks(*words).out if start is None else start("rankworks", *words)
+        assert said.count("what it cost") == 1
+    steps = (workshop.folder / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2, 3]
+    one, two = (load_file(workshop.folder / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)

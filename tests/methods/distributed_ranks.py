@@ -8,6 +8,7 @@ from runs import tiny_run
 from safetensors.torch import save_file
 
 from rankworks.train.checkpoint import trained_tensors
+from rankworks.train.processes import leave
 
 
 def main(path: str, schedule: str, delta: str = "lora") -> None:
@@ -17,6 +18,7 @@ def main(path: str, schedule: str, delta: str = "lora") -> None:
     loop.run()
     if loop.main:
         save_file({k: t.detach().contiguous() for k, t in trained_tensors(loop.model).items()}, path)
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from training import adapted, make_loop
 
 from rankworks.train.loop import Loop
+from rankworks.train.processes import leave
 from tiny import tiny_llama
 
 
@@ -103,7 +104,7 @@ def main(folder: str) -> None:
         if loop.main:
             more = {"losses": torch.tensor(losses), "world": torch.tensor(loop.world), "apart": apart}
             save_file({**held, **more}, Path(folder) / f"{name}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from training import make_examples
 
 from rankworks.core.spec import AdaptSpec
 from rankworks.train.config import RunConfig
+from rankworks.train.processes import leave
 from rankworks.train.searching.search import search
 from tiny import tiny_llama
 
@@ -28,3 +29,4 @@ if __name__ == "__main__":
     state = PartialState()
     Path(f"{sys.argv[1]}.{state.process_index}").write_text(json.dumps(found))
     assert state.num_processes == 2
+    leave()

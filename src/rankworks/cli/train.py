@@ -67,9 +67,12 @@ def launch(
 ) -> None:
     """Train from a file or a recipe, and show what came of it."""
     with output(as_json) as out:
+        from rankworks.train.processes import leave
+
         told = conduct(out, file, overrides, folder, resume=resume, report=report)
         if told is not None:
             out.emit(told)
+        leave()
 
 
 def conduct(
@@ -149,9 +152,9 @@ def _run(config: RunConfig, resume: bool) -> RunResult:
 
 def _leads() -> bool:
     """Whether this process is the one that speaks, of several."""
-    from accelerate import PartialState
+    from rankworks.train.processes import processes
 
-    return PartialState().is_main_process
+    return processes().is_main_process
 
 
 def _stopped(config: RunConfig, again: list[str]) -> None:
