@@ -23,8 +23,8 @@ def main(path: str) -> None:
     found = rw.calibrate(tiny_llama(), [{"input_ids": ids, "labels": ids}], needs, progress=False)
     tensors = {f"{site}/{part}": t.clone() for site, parts in found.items() for part, t in parts.items()}
     save_file(tensors, f"{path}.{rank}")
-    leave()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

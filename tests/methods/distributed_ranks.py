@@ -18,8 +18,8 @@ def main(path: str, schedule: str, delta: str = "lora") -> None:
     loop.run()
     if loop.main:
         save_file({k: t.detach().contiguous() for k, t in trained_tensors(loop.model).items()}, path)
-    leave()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -104,8 +104,8 @@ def main(folder: str) -> None:
         if loop.main:
             more = {"losses": torch.tensor(losses), "world": torch.tensor(loop.world), "apart": apart}
             save_file({**held, **more}, Path(folder) / f"{name}.safetensors")
-    leave()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -16,8 +16,8 @@ def main(path: str, accumulate: int, layerwise: bool) -> None:
     history = loop.run()
     if loop.main:
         save_file({**weights(loop.model), "losses": tensor(history.losses), "world": tensor(loop.world)}, path)
-    leave()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["layerwise"])
+    leave()

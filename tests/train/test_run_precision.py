@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from training import adapted, make_loop
 
 import rankworks as rw
 from rankworks.train.config import EvaluateConfig
@@ -71,6 +74,20 @@ def test_auto_is_what_the_processor_multiplies(
     config = {"train": {"steps": 1, "precision": "auto"}, "optim": {"lr": 1e-3}}
     rw.adapt(model, "lora", rank=2)
     assert rw.train(model, tokenizer, task("completion"), config).precision == came_to
+
+
+def test_what_another_trainer_asked_of_accelerate_is_not_ours() -> None:
+    """TRL's trainers ask for bf16 by default, and accelerate remembers that for the whole process."""
+    model = adapted()
+    seen: set[torch.dtype] = set()
+    model.get_submodule("model.layers.0.mlp.up_proj").register_forward_hook(lambda *given: seen.add(given[2].dtype))
+    AcceleratorState._reset_state()
+    try:
+        assert Accelerator(cpu=True, mixed_precision="bf16").native_amp
+        make_loop(model, steps=2).run()
+    finally:
+        AcceleratorState._reset_state()
+    assert seen == {torch.float32}
 
 
 def test_float32_is_left_as_it_is() -> None:

@@ -95,6 +95,9 @@ class Loop:
         self.model, self.examples, self.history = model, examples, History()
         processes()
         self.accelerator = Accelerator()
+        self.accelerator.native_amp = (
+            False  # another trainer in this process may have set bf16; ours is train.precision
+        )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if train.batch_size % self.world:
             raise ConfigError(
