@@ -59,7 +59,7 @@ def demo(
 
 QUESTION = (
     "Papers compare at one learning rate. Here each of four methods has its own, tuned with the same trials, and is",
-    "run again with other seeds, on a small encoder (22 M parameters) and 64 articles. About three minutes.",
+    "run again with other seeds, on a small encoder (22 M parameters) and 64 articles. About two minutes.",
 )
 
 
@@ -70,7 +70,7 @@ def _opening(path: Path) -> list[str]:
     ]
     return [
         "SmolLM2-135M-Instruct learns to name the topic of a news article. It is asked as it is, an adapter is trained",
-        "beside its frozen weights, and it is asked again. About three minutes on two cores. The recipe:",
+        "beside its frozen weights, and it is asked again. One and a half to three minutes on two cores. The recipe:",
         "",
         *(f"  {line}" for line in recipe),
     ]
