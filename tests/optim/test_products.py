@@ -55,7 +55,7 @@ def test_float64_is_never_rounded() -> None:
     assert torch.equal(fast, G @ Q)
 
 
-@pytest.mark.parametrize("how", ["warm", "randomised"])
+@pytest.mark.parametrize("how", ["warm", "randomised", "svd"])
 def test_a_basis_is_orthonormal_however_it_was_found(how: str) -> None:
     G, _ = matrices()
     with multiplying("fast", CPU):

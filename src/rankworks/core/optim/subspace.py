@@ -41,7 +41,7 @@ def find_basis(
     made anew from (seed, step, name) for every call, and without it every call draws the same numbers.
     """
     if how == "svd":
-        return leading_basis(G, rank, side)
+        return leading_basis(G, rank, side)  # from Gram matrices in float64, however float32 is multiplied
     exact = G.to(torch.promote_types(G.dtype, torch.float32))
     left, right = sides((G.shape[0], G.shape[1]), side)
     r = min(rank, *G.shape)
@@ -66,7 +66,7 @@ def _leading(M: Tensor, r: int, old: Tensor | None, draw: Draw) -> Tensor:
         Z = orthonormal(M.mT @ Y.div_(torch.where(lengths == 0, 1.0, lengths)))  # scaled: near singular vectors
     gram = _gram(M @ Z)
     turn = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :r].to(Z)  # (width, r), largest first
-    with exactly(M.device):  # orthonormal to the last bit, however G is multiplied
+    with exactly(M.device):  # as orthonormal as float32 is, however G is multiplied
         Z = Z @ turn
     towards = (Z * old).sum(0) if old is not None else Z.gather(0, Z.abs().argmax(0, keepdim=True)).squeeze(0)
     return Z * torch.where(towards < 0, -1.0, 1.0).to(Z)
