@@ -131,7 +131,7 @@ def _one(out: Output, model: str, delta: str, given: dict[str, Any], step: dict[
     with out.waiting(f"planning {model} ..."):
         told = planned(model, delta, **given, **step)
     out.head(f"{told.model} ({told.dtype}), {told.what}")
-    adapted = told.sites > 0
+    adapted = told.adapts
     rows = f"{told.batch_size} x {told.sequence} tokens" + (
         ", gradient checkpointing" if told.gradient_checkpointing else ""
     )

@@ -21,7 +21,7 @@ from rankworks.core.registry import MethodSpec
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import state_of
 from rankworks.plan.attempt import UntraceableError, attempt
-from rankworks.plan.result import Fit, Plan
+from rankworks.plan.result import NONE, Fit, Plan
 from rankworks.plan.source import PACKED, Source, open_source
 from rankworks.plan.states import Optimizer, held_bytes, optimizer_bytes, read_optimizer, resting
 from rankworks.plan.trace import Trace
@@ -29,8 +29,6 @@ from rankworks.plan.units import parse_bytes
 
 ModelLike = str | Path | PretrainedConfig | nn.Module
 MOST_ROWS = 1 << 16
-NONE = "none"
-"""The delta of a plan without an adapter: every weight is trained, as `adapt: none` has it in a run."""
 
 
 class Step:

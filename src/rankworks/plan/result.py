@@ -7,6 +7,9 @@ from typing import Any
 
 from rankworks.plan.units import format_bytes
 
+NONE = "none"
+"""The delta of a plan without an adapter: every weight is trained, as `adapt: none` has it in a run."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -68,9 +71,14 @@ class Plan:
         return asdict(self)
 
     @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, and not every weight."""
+        return self.delta != NONE
+
+    @property
     def what(self) -> str:
         """What is trained, in words."""
-        if not self.sites:
+        if not self.adapts:
             return "every weight"
         return f"{self.delta}{'' if self.init == 'default' else f' from {self.init}'} on {self.sites} sites"
 
@@ -84,9 +92,9 @@ class Plan:
                 "trainable parameters",
                 f"{self.trainable_parameters:,} of {self.base_parameters:,} ({self.percent:.4g} %)",
             ),
-            *([("adapter file", format_bytes(self.adapter_bytes))] if self.sites else []),
+            *([("adapter file", format_bytes(self.adapter_bytes))] if self.adapts else []),
             ("weights", format_bytes(self.weight_bytes)),
-            *([("adapter in memory", format_bytes(self.adapter_bytes + self.frozen_bytes))] if self.sites else []),
+            *([("adapter in memory", format_bytes(self.adapter_bytes + self.frozen_bytes))] if self.adapts else []),
             ("gradients", format_bytes(self.gradient_bytes)),
             (f"optimizer ({self.optimizer})", format_bytes(self.optimizer_bytes)),
             (f"activations ({step})", format_bytes(self.activation_bytes)),

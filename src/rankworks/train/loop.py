@@ -95,9 +95,7 @@ class Loop:
         self.model, self.examples, self.history = model, examples, History()
         processes()
         self.accelerator = Accelerator()
-        self.accelerator.native_amp = (
-            False  # another trainer in this process may have set bf16; ours is train.precision
-        )
+        self.accelerator.native_amp = False  # ours is train.precision, whatever another trainer asked for
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if train.batch_size % self.world:
             raise ConfigError(
