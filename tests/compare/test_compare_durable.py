@@ -1,15 +1,12 @@
-"""A comparison that is killed goes on, one that several processes share is done once, a strange study is refused."""
+"""The record of a comparison: a cell is one claim and one result, and a strange study is refused."""
 
 from __future__ import annotations
 
-import json
-import os
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -19,66 +16,6 @@ from optuna.trial import TrialState
 from rankworks.compare import compare, study
 from rankworks.compare.study import CELL, OWN, RECORD, WORKER, Ledger
 from rankworks.core.errors import ConfigError
-
-HERE = Path(__file__).parent
-CELLS = 2 * (3 + 2)  # two arms of three trials and two seeds
-
-
-@pytest.fixture(scope="module")
-def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """What the processes of working.py did, by scenario, and the folder they did it in."""
-    folder = tmp_path_factory.mktemp("working")
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(HERE / "working.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    told: dict[str, list[dict[str, Any]]] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            told.setdefault(json.loads(line)["scenario"], []).append(json.loads(line))
-    return folder, told
-
-
-def trials(file: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
-    """Every trial in the storage by its cell."""
-    storage = f"sqlite:///{file}"
-    found: dict[str, list[optuna.trial.FrozenTrial]] = {}
-    for name in optuna.get_all_study_names(storage):
-        for each in optuna.load_study(study_name=name, storage=storage).trials:
-            found.setdefault(f"{name} {each.user_attrs[CELL]}", []).append(each)
-    return found
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_begun_again_it_ends_as_if_nothing_was(attempts: Any):
-    folder, told = attempts
-    (whole,) = told["whole"]
-    assert (whole["status"], whole["cells"], whole["complete"]) == (0, CELLS, True)
-    assert [attempt["status"] for attempt in told["killed"]] == [-9, -9, -9]
-    # Finished: 1 and then 3. Begun, and broken off: one of each process.
-    states = [t.state for each in trials(folder / "broken" / "killed.db").values() for t in each]
-    assert (states.count(TrialState.COMPLETE), states.count(TrialState.RUNNING)) == (4, 1)
-    assert states.count(TrialState.FAIL) == 2  # the next process saw that these were dead
-    (again,) = told["again"]
-    assert (again["status"], again["cells"]) == (0, CELLS - 4)
-    assert again["rows"] == whole["rows"]
-    for name, each in trials(folder / "broken" / "shared.db").items():
-        assert [t.state for t in each].count(TrialState.COMPLETE) == 1, name
-        assert all(t.state in (TrialState.COMPLETE, TrialState.FAIL) for t in each), name
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_study_and_do_every_cell_once(attempts: Any):
-    folder, told = attempts
-    one, two = told["shared"]
-    assert (one["status"], two["status"]) == (0, 0)
-    assert one["cells"] + two["cells"] == CELLS
-    assert min(one["cells"], two["cells"]) > 0
-    assert one["rows"] == two["rows"] == told["whole"][0]["rows"]
-    made = trials(folder / "shared" / "shared.db")
-    assert all([t.state for t in each].count(TrialState.COMPLETE) == 1 for each in made.values())
-    assert len(made) == CELLS
 
 
 @pytest.fixture

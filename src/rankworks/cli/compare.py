@@ -47,7 +47,7 @@ def compare(
     A comparison that was stopped, or killed, goes on where it was when the
     same command is given again. Several processes or machines share the work
     when they are given the same --storage (or the same folder):
-      rankworks compare my.yaml --storage postgresql://user@host/db
+      rankworks compare my.yaml --storage postgresql+psycopg://user@host/db
 
     The folder then holds result.json, result.md, report.html (opens offline),
     result.svg (a picture), a recipe per method in arms/ that repeats its row,

@@ -29,7 +29,7 @@ import psutil
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from rankworks.core.errors import ConfigError
 from rankworks.core.version import __version__
@@ -42,6 +42,9 @@ BEAT = 10.0
 
 GRACE = 90.0
 """Seconds without one after which a cell of another machine is given up."""
+
+PAUSES = (0.2, 0.5, 1.0, 2.0)
+"""Seconds before a server is tried again whose tables another process is making."""
 
 UNOPENED = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError, ValueError)
 """What a storage that cannot be opened raises: SQLAlchemy, which wraps every driver's errors; Optuna, with RuntimeError
@@ -126,9 +129,9 @@ class Ledger:
             known = study.user_attrs.get(OWN)
             mine = {"format": FORMAT, "version": __version__, "identity": dict(identity)}
             if known is None:
-                study.set_user_attr(OWN, mine)
-        if known is not None:
-            self._check(title, known, mine)
+                study.set_user_attr(OWN, mine)  # Optuna keeps what another process wrote there in between
+                known = study.user_attrs[OWN]
+        self._check(title, known, mine)
         return study
 
     def forget(self) -> None:
@@ -255,15 +258,29 @@ def _open(url: str) -> RDBStorage:
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock") if file is not None else contextlib.nullcontext():
-            return RDBStorage(url, engine_kwargs=options)
+            with FileLock(f"{file}.lock"):
+                return RDBStorage(url, engine_kwargs=options)
+        for pause in PAUSES:
+            try:
+                return RDBStorage(url, engine_kwargs=options)
+            except SQLAlchemyError as error:
+                if not _made_already(error):
+                    raise
+            time.sleep(pause)
+        return RDBStorage(url, engine_kwargs=options)
     except UNOPENED as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"the storage {shown(url)} cannot be opened ({type(error).__name__}: {text}): give an Optuna storage URL "
-            "such as sqlite:///runs/compare/study.db, or install its driver. One that another version of Optuna wrote "
-            "is brought up to date with `optuna storage upgrade --storage URL`."
+            "such as sqlite:///runs/compare/study.db, or install its driver (rankworks[postgres] has PostgreSQL's, for "
+            "postgresql+psycopg://user@host/db). One that another version of Optuna wrote is brought up to date with "
+            "`optuna storage upgrade --storage URL`."
         ) from error
+
+
+def _made_already(error: SQLAlchemyError) -> bool:
+    """Say whether a storage could not be opened because another process was making its tables at the same moment."""
+    return isinstance(error, IntegrityError) or "already exists" in str(error)
 
 
 def _give_up(study: optuna.Study, number: int) -> None:
