@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MODEL = "smollm2-135m"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -40,6 +40,7 @@ class Setting:
     batch: int = 8
     every: int = 6  # steps between measurements of the held-out loss
     held_out: int = 32  # examples
+    precision: Literal["float32", "bf16"] = "bf16"  # products; the model, the starts and the adapters are float32
     rates: tuple[float, ...] = (2e-4, 8e-4, 3.2e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -101,6 +102,7 @@ class Bench:
         from rankworks.train.config import OptimConfig, TrainConfig
         from rankworks.train.loop import Loop
         from rankworks.train.measuring.evaluate import mean_loss
+        from rankworks.train.precision import autocast
 
         model, prepared, examples, held_out = self._load()
         setting, pad = self.setting, prepared.pad
@@ -112,9 +114,14 @@ class Bench:
             )
         rw.adapt(model, spec, evidence=evidence)
         try:
-            train = TrainConfig(steps=setting.steps, batch_size=setting.batch, seed=seed, eval_every=setting.every)
+            how = {"batch_size": setting.batch, "precision": setting.precision, "eval_every": setting.every}
+            train = TrainConfig(steps=setting.steps, seed=seed, **how)
             optim = OptimConfig(lr=rate, schedule="linear", warmup=0.1)
-            measure = lambda: mean_loss(model, held_out, pad)  # noqa: E731
+
+            def measure() -> dict[str, float]:
+                with autocast(model, setting.precision):
+                    return mean_loss(model, held_out, pad)
+
             start = measure()["loss"]
             loop = Loop(model, examples, train, optim, evaluate=measure, pad=pad, progress=False)
             try:

@@ -117,7 +117,10 @@ def _peft(model: Any, start: str, data: list[dict[str, Any]]) -> Any:
     import peft
     import torch
 
-    settings: dict[str, Any] = {"eva": {"eva_config": peft.EvaConfig(tau=0.0)}}.get(start, {})
+    settings: dict[str, Any] = {}
+    if start == "eva":
+        settings = {"eva_config": peft.EvaConfig()}
+        settings["eva_config"].tau = -1.0  # components may come back with the other sign: 0 is not met by any batch
     if start == "corda":
         settings = {"corda_config": peft.tuners.lora.config.CordaConfig()}
     if start == "lora_ga":

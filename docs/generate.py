@@ -1,7 +1,7 @@
-"""Write what follows from the registry: a page per method, the methods' index, and the README's table.
+"""Write what follows from the registry and from results: pages of methods, the README's table and its picture.
 
-    python docs/generate.py           write docs/methods/ and the table in README.md
-    python docs/generate.py --check   exit 1 where the README's table is not what the registry says
+    python docs/generate.py           write docs/methods/, the table in README.md and the picture it shows
+    python docs/generate.py --check   exit 1 where the table is not what the registry says, or the picture the results
 
 mkdocs calls `on_pre_build`, so the site is never behind the code.
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW = {"compare-minilm-bbc-8": "8 articles of each topic", "compare-minilm-bbc-64": "64 articles of each topic"}
+"""The comparisons of the README's picture and what its panels are called."""
+PICTURE = ROOT / "results" / "minilm-bbc.svg"
 BEGIN, END = "<!-- methods: made by docs/generate.py -->", "<!-- end of methods -->"
 
 
@@ -101,21 +104,30 @@ def readme_with_table(text: str) -> str:
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
 
 
+def few_shot_picture() -> str:
+    """Return the README's picture: the methods on few articles and on more, side by side."""
+    from rankworks.compare import CompareResult
+    from rankworks.compare.report import picture
+
+    results = [CompareResult.from_file(PICTURE.parent / name / "result.json") for name in FEW]
+    return picture(results, list(FEW.values()))
+
+
 def on_pre_build(config: Any) -> None:
     """Hook of mkdocs: write the pages before the site is built."""
     write_pages(Path(config["docs_dir"]) / "methods")
 
 
 def main() -> int:
-    """Write everything, or with --check compare the README's table."""
-    readme = ROOT / "README.md"
-    new = readme_with_table(readme.read_text())
+    """Write everything, or with --check compare what is committed."""
+    made = {ROOT / "README.md": readme_with_table((ROOT / "README.md").read_text()), PICTURE: few_shot_picture()}
     if "--check" in sys.argv:
-        if new != readme.read_text():
-            print("README.md's table of methods is behind the registry: run `python docs/generate.py`.")
-            return 1
-        return 0
-    readme.write_text(new)
+        behind = [str(path.relative_to(ROOT)) for path, text in made.items() if path.read_text() != text]
+        if behind:
+            print(f"{' and '.join(behind)}: behind the registry or the results; run `python docs/generate.py`.")
+        return 1 if behind else 0
+    for path, text in made.items():
+        path.write_text(text)
     write_pages(ROOT / "docs" / "methods")
     return 0
 

@@ -36,6 +36,13 @@ def test_readme_table_is_what_the_registry_says():
     assert generate.readme_with_table(README) == README, "run `python docs/generate.py`"
 
 
+def test_the_readme_s_picture_is_what_the_results_say() -> None:
+    generate = load(ROOT / "docs" / "generate.py")
+    name = generate.PICTURE.relative_to(generate.ROOT).as_posix()
+    assert f"]({name})" in README
+    assert generate.few_shot_picture() == generate.PICTURE.read_text(), "run `python docs/generate.py`"
+
+
 def test_a_page_is_made_for_every_method(tmp_path):
     load(ROOT / "docs" / "generate.py").write_pages(tmp_path)
     pages = {p.name for p in tmp_path.iterdir()}

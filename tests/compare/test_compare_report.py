@@ -122,10 +122,13 @@ def test_who_stands_alone_is_the_best_and_who_is_alone_is_not(result: CompareRes
     assert "Tied" not in " ".join(advice(alone))
     assert "nothing to compare" in headline(replace(result, leaderboard=[pissa, dora]))
     assert "nothing to conclude" in headline(replace(result, leaderboard=[dora]))
-    every = replace(result, leaderboard=[pissa, lora, replace(vera, rank=1, tie=True)])
+    assert pissa.low is not None
+    every = replace(result, leaderboard=[pissa, lora, replace(vera, rank=1, tie=True, high=pissa.low + 0.01)])
     assert headline(every) == "The 3 methods cannot be told apart: choose by cost."
     (cheapest,) = [sentence for sentence in advice(every) if "Among them" in sentence]
     assert cheapest == "Among them vera trains the fewest numbers (3,655)."  # memories 0.3 % apart are not told apart
+    far = replace(result, leaderboard=[pissa, lora, replace(vera, rank=1, tie=True, high=pissa.low - 0.01)])
+    assert not any("vera" in sentence for sentence in advice(far) if "Among them" in sentence)
     lora.memory_bytes = pissa.memory_bytes = 700_000_000
     assert any("pissa and lora need the least memory (700 MB)" in sentence for sentence in advice(every))
 

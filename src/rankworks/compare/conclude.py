@@ -100,8 +100,12 @@ COSTS = (
 
 
 def _cheapest(best: Sequence[Row], result: CompareResult) -> list[str]:
-    """Return who among the tied costs least; nothing of a cost that is the same for all."""
-    found = []
+    """Return who among the tied costs least; nothing of a cost that is the same for all.
+
+    Only those whose interval reaches the first one's: few seeds may fail to show that a far worse arm is worse, and
+    that is no reason to take it.
+    """
+    best, found = [row for row in best if _reaches(row, best[0], result)], []
     for cost in COSTS if result.compares_optimizers else [cost for cost in COSTS if cost is not STATE]:
         known = [(value, row.method) for row in best if (value := cost.value(row)) is not None]
         least = min((value for value, _ in known), default=0)
@@ -109,6 +113,13 @@ def _cheapest(best: Sequence[Row], result: CompareResult) -> list[str]:
         if len(low) < len(known):
             found.append(f"{named(low)} {cost.one if len(low) == 1 else cost.several} ({cost.told(least)})")
     return [f"Among them {'; '.join(found)}."] if found else []
+
+
+def _reaches(row: Row, first: Row, result: CompareResult) -> bool:
+    """Say whether a row's interval meets that of the first row."""
+    if row.low is None or row.high is None or first.low is None or first.high is None:
+        return True
+    return row.high >= first.low if result.higher_is_better else row.low <= first.high
 
 
 def _beside_baseline(result: CompareResult) -> list[str]:
