@@ -96,9 +96,10 @@ def test_no_false_claim_in_19_of_20_comparisons_of_equal_arms():
     for _ in range(200):
         shared = generator.normal(size=(1, 60))
         arms = [shared + table(generator, 3, 60, 0.1, 0.3, 0.5) for _ in range(8)]
-        p = holm([resampler.estimate(arm - arms[0]).p for arm in arms[1:]])
+        prior = resampler.prior(arms)
+        p = holm([resampler.estimate(arm - arms[0], prior).p for arm in arms[1:]])
         claims += min(p) < 0.05
-        lost += better(arms, resampler)[:, 3].any()  # an arm that is as good as the best must stay among them
+        lost += better(arms, resampler, prior)[:, 3].any()  # an arm that is as good as the best must stay among them
     assert claims / 200 < 0.085
     assert lost / 200 < 0.085
 

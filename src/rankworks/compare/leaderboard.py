@@ -53,11 +53,12 @@ def leaderboard(
         first = next(iter(whole.values()))[0]
         resampler = Resampler(len(first.outcomes), confidence, first.weights)
         estimates = {label: resampler.estimate(table) for label, table in tables.items()}
+        prior = resampler.prior(list(tables.values()))
         if baseline in tables:
             own = tables[baseline]
-            against = {k: resampler.estimate(scale.sign * (t - own)) for k, t in tables.items() if k != baseline}
+            against = {k: resampler.estimate(scale.sign * (t - own), prior) for k, t in tables.items() if k != baseline}
             corrected = dict(zip(against, holm([e.p for e in against.values()]), strict=True))
-        beats = better([scale.sign * table for table in tables.values()], resampler)
+        beats = better([scale.sign * table for table in tables.values()], resampler, prior)
         places = dict(zip(tables, ranks(beats), strict=True))
     rows = [
         _row(s, costs[s.arm.label], scale, estimates, against, corrected, places, confidence, command(s.arm.label))

@@ -10,9 +10,10 @@ is estimated; seeds AND records are drawn at random from all that could have bee
 
 Records are many and are resampled with replacement (the bootstrap). Seeds are few: three of them resampled give ten
 different sets and spread too little, so their part is drawn from Student's t with S - 1 degrees of freedom instead,
-which is what normal seed effects give. The spread of the sum of both parts is brought to V, since what seed and record
-share would count twice. With one seed only the records are uncertain, and the interval says so.
-Coverage and error rates under the null are held by simulation in tests/compare/test_statistics.py.
+which is what normal seed effects give; for differences MS_a is steadied by what all arms show, which adds degrees of
+freedom (moderation.py). The spread of the sum of both parts is brought to V, since what seed and record share would
+count twice. With one seed only the records are uncertain, and the interval says so.
+Coverage and error rates under the null are held by simulation in tests/compare/test_compare_statistics.py.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from rankworks.compare.moderation import SeedPrior, seed_prior
+
 DRAWS = 4000
 
 METHOD = (
     "Every mean is over seeds and test records. Intervals: bootstrap over the test records ({draws} resamples, the "
     "same for all arms), plus Student's t for the seeds, which are too few to be resampled; both together have the "
-    "variance of the two-way layout (seed x record). Differences to the baseline are paired by seed and record; "
-    "their p-values are two-sided and corrected by Holm over all arms. Rank 1 is shared by all arms that may be the "
-    "best: with {confidence:.0%} confidence the best is among them (one-sided tests of all pairs, Bonferroni)."
+    "variance of the two-way layout (seed x record). Differences to the baseline are paired by seed and record, and "
+    "their variance over seeds is steadied by that of all pairs of arms (moderated t); their p-values are two-sided "
+    "and corrected by Holm over all arms. Rank 1 is shared by all arms that may be the best: with {confidence:.0%} "
+    "confidence the best is among them (one-sided tests of all pairs, Bonferroni)."
 )
 
 
@@ -68,20 +72,32 @@ class Resampler:
         generator.shuffle(self._levels)  # Student's quantiles in an order of their own: strata instead of chance
         self.weights = None if weights is None else np.asarray(weights, np.float64)
 
-    def estimate(self, table: ArrayLike) -> Estimate:
-        """Return the mean of a table (seeds, records) with its uncertainty."""
+    def prior(self, tables: Sequence[ArrayLike]) -> SeedPrior | None:
+        """Return what the arms' tables show of how much differences vary over seeds; None where they are too few."""
+        arrays = [np.asarray(table, np.float64) for table in tables]
+        return seed_prior([np.average(x, axis=1, weights=self.weights) for x in arrays])
+
+    def estimate(self, table: ArrayLike, prior: SeedPrior | None = None) -> Estimate:
+        """Return the mean of a table (seeds, records) with its uncertainty.
+
+        prior: of a difference, what is usual of the variance over seeds.
+        """
         x = np.asarray(table, np.float64)
         if self.weights is not None:  # a ratio of sums, linearised: deviations count by weight
             w = self.weights / self.weights.mean()
             mean = float((x * w).mean())
             x = mean + (x - mean) * w
         mean = float(x.mean())
-        seeds, _ = parts(x)
-        spread = _scale(x)
+        parts = _parts(x)
+        seeds, df = parts.seeds, x.shape[0] - 1.0
+        if prior is not None and df > 0 and x.any():  # a table of zeros is an arm beside itself
+            variance, df = prior.moderated(x.shape[0] * seeds, df)
+            seeds = variance / x.shape[0]
+        spread = parts.spread(seeds)
         boot = spread * (self._drift @ x.mean(0))  # (draws,) the records' part
-        if x.shape[0] == 1 or seeds == 0:
+        if df == 0 or seeds == 0:
             return _from_normal(mean, boot, self.confidence)
-        df, width = x.shape[0] - 1, spread * np.sqrt(seeds)
+        width = spread * np.sqrt(seeds)
         total = boot + width * stats.t.ppf(self._levels, df)
         tail = 100 * (1 - self.confidence) / 2
         low, high = np.percentile(total, [tail, 100 - tail])
@@ -92,23 +108,28 @@ class Resampler:
         return Estimate(mean, mean - float(high), mean - float(low), min(1.0, above + beyond), below)
 
 
-def parts(x: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the variances of the mean that seeds and records alone suggest: MS_a / (S N), MS_b / (S N)."""
+@dataclass(frozen=True)
+class Parts:
+    """Variances of a table's mean: what seeds, records and the rest alone suggest, MS / (S N) each."""
+
+    seeds: float
+    records: float
+    rest: float
+
+    def spread(self, seeds: float) -> float:
+        """Return the factor that brings the spread of both parts together to V, with this variance of the seeds."""
+        both = seeds + self.records
+        return float(np.sqrt(max(both - self.rest, seeds, self.records) / both)) if both > 0 else 1.0
+
+
+def _parts(x: NDArray[np.float64]) -> Parts:
     seeds, records = x.shape
     a = float(x.mean(1).var(ddof=1)) / seeds if seeds > 1 else 0.0
     b = float(x.mean(0).var(ddof=1)) / records if records > 1 else 0.0
-    return a, b
-
-
-def _scale(x: NDArray[np.float64]) -> float:
-    """Return the factor that brings the spread of both parts together to V."""
-    seeds, records = x.shape
-    a, b = parts(x)
-    if seeds == 1 or records == 1 or a + b == 0:
-        return 1.0
+    if seeds == 1 or records == 1:
+        return Parts(a, b, 0.0)
     rest = x - x.mean(1, keepdims=True) - x.mean(0, keepdims=True) + x.mean()
-    c = float((rest**2).sum()) / ((seeds - 1) * (records - 1)) / (seeds * records)
-    return float(np.sqrt(max(a + b - c, a, b) / (a + b)))
+    return Parts(a, b, float((rest**2).sum()) / ((seeds - 1) * (records - 1)) / (seeds * records))
 
 
 def _from_normal(mean: float, boot: NDArray[np.float64], confidence: float) -> Estimate:
@@ -134,8 +155,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def better(tables: Sequence[ArrayLike], resampler: Resampler) -> NDArray[np.bool_]:
+def better(tables: Sequence[ArrayLike], resampler: Resampler, prior: SeedPrior | None = None) -> NDArray[np.bool_]:
     """Return beats[j, i]: whether arm j is shown to be better than arm i, larger scores being better.
+
+    prior: what is usual of the variance of differences over seeds.
 
     Every arm is tested against each other one at (1 - confidence) / (arms - 1), one-sided. The best arm is then beaten
     by any other with a chance of at most 1 - confidence: the arms that nobody beats are a confidence set of the best.
@@ -148,7 +171,7 @@ def better(tables: Sequence[ArrayLike], resampler: Resampler) -> NDArray[np.bool
     for i in range(count):
         for j in range(count):
             if means[j] > means[i]:
-                beats[j, i] = resampler.estimate(arrays[i] - arrays[j]).p_below < level
+                beats[j, i] = resampler.estimate(arrays[i] - arrays[j], prior).p_below < level
     return beats
 
 
