@@ -35,7 +35,8 @@ METHOD = (
     "variance of the two-way layout (seed x record). Differences to the baseline are paired by seed and record, and "
     "their variance over seeds is steadied by that of all pairs of arms (moderated t); their p-values are two-sided "
     "and corrected by Holm over all arms. Rank 1 is shared by all arms that may be the best: with {confidence:.0%} "
-    "confidence the best is among them (one-sided tests of all pairs, Bonferroni)."
+    "confidence the best is among them (one-sided tests of all pairs, Bonferroni). The settings that tuning chose are "
+    "taken as given: its luck is in no interval."
 )
 
 
