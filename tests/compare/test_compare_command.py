@@ -114,7 +114,7 @@ def test_the_board_draws_its_table_on_a_terminal():
         board.cell("lora", "trial 0", 1e-3, 10)
         board.tick(4)
         board.console.print(board._table())
-        board.did(10, 2.0)
+        board.did(2.0)
         standings[1].reason, standings[1].done = "every trial diverged", True
         board.update(standings[1])
         board.console.print(board._table())

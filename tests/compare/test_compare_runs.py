@@ -18,7 +18,7 @@ import rankworks as rw
 from rankworks.compare import CompareResult, compare, markdown
 from rankworks.compare.base import Base, checksum
 from rankworks.compare.config import load_compare_config
-from rankworks.compare.trial import Bench, blame
+from rankworks.compare.trial import COMPLETE, DIVERGED, Bench, Outcome, averaged, blame
 from rankworks.core.errors import ConfigError, DataError, DivergedError, TrainingError
 from rankworks.train import RunResult, load_config, load_task, run
 from tiny import byte_tokenizer, tiny_bert_classifier, tiny_llama
@@ -345,3 +345,42 @@ def test_optimizers_are_compared_on_models_from_nothing(tmp_path: Path):
         tmp_path / "out" / "arms" / "sgd.yaml", ["train.seed=2", f"output={tmp_path / 'again'}"], progress=False
     )
     assert [round(x, 6) for x in again.losses] == [loss for _, loss in result.arm("sgd").reruns[1].losses]
+
+
+def test_trials_over_several_seeds(tmp_path: Path):
+    """Each trial is the mean of runs that are those of single seeds, and the best by it is rerun."""
+    settings: dict[str, Any] = {
+        "methods": ["lora"],
+        "budget": {"trials": 3, "steps": 8, "seeds": 1},
+        "tune": {"lr": [1e-3, 1e-2, 3e-2], "prune": False, "widen": 0},
+    }
+    several = {**settings, "tune": {**settings["tune"], "seeds": 2}}
+    result = compare(small_compare(tmp_path, **several, output=str(tmp_path / "two")), progress=False)
+    config = load_compare_config(small_compare(tmp_path, **several))
+    seeds = config.tuning_seeds(config.tune)
+    assert len(set(seeds)) == 2
+    assert not set(seeds) & set(range(1, 1000))  # where reruns have theirs
+    alone = []
+    for seed in seeds:
+        one = small_compare(
+            tmp_path, **settings, train={"batch_size": 4, "seed": seed}, output=str(tmp_path / f"{seed}")
+        )
+        alone.append({t.lr: t for t in compare(one, progress=False).arm("lora").trials})
+    arm = result.arm("lora")
+    for trial in arm.trials:
+        assert trial.values == [runs[trial.lr].value for runs in alone]
+        assert trial.value == pytest.approx(np.mean(trial.values))
+        assert trial.losses == [
+            (a[0], pytest.approx((a[1] + b[1]) / 2, abs=2e-6))
+            for a, b in zip(*(runs[trial.lr].losses for runs in alone), strict=True)
+        ]
+    best = min(arm.trials, key=lambda t: t.value or 0.0)
+    assert arm.best == best.slot
+    assert result.leaderboard[0].lr == best.lr
+    assert "each the mean of 2 seeds" in markdown(result)
+
+
+def test_a_trial_ends_with_the_first_seed_that_breaks():
+    whole, broken = Outcome(COMPLETE, value=1.0, seconds=2.0), Outcome(DIVERGED, "the loss became nan", seconds=1.0)
+    told = averaged([whole, broken])
+    assert (told.outcome, told.reason, told.value, told.seconds) == (DIVERGED, "the loss became nan", None, 3.0)

@@ -198,6 +198,7 @@ class _Comparison:
             baseline=self.session.baseline,
             budget={
                 "trials": config.budget.trials,
+                "tuning_seeds": config.tune.seeds,
                 "steps": config.steps,
                 "seeds": config.seeds,
                 "equal": config.budget.equal,

@@ -60,7 +60,7 @@ class Arm:
         return {
             "adapt": None if self.adapt is None else self.spec().flat(),
             "optim": {k: v for k, v in OptimConfig(**self.optim).model_dump().items() if k != "lr"},
-            "tune": self.tune.model_dump(mode="json"),
+            "tune": self.tune.model_dump(mode="json", exclude={"seeds"} if self.tune.seeds == 1 else None),
         }
 
 

@@ -23,6 +23,9 @@ from rankworks.train.config import AUTO, RunConfig, read_values
 
 HALF_DECADE = math.sqrt(10)
 
+FAR = 10_000
+"""Between the seeds of trials and those of reruns, of which there may be more later."""
+
 
 class Range(Config):
     """An interval that values are drawn from."""
@@ -61,6 +64,9 @@ class TuneConfig(Config):
     )
     metric: Literal["loss", "score"] = Field(
         default="loss", description="what is tuned on the validation data: their loss, or accuracy or exact match"
+    )
+    seeds: int = Field(
+        default=1, ge=1, description="runs of every trial, their mean decides; one can be luck with few records"
     )
     prune: bool = Field(default=True, description="stop hopeless trials at a quarter and a half (successive halving)")
     widen: int = Field(default=2, ge=0, description="decades by which a range may grow where the best lies on its edge")
@@ -159,6 +165,10 @@ class CompareConfig(RunConfig):
         """Seeds of the reruns; the one of the trials is not among them unless it was asked for."""
         seeds = self.budget.seeds
         return list(seeds) if isinstance(seeds, list) else [self.train.seed + 1 + i for i in range(seeds)]
+
+    def tuning_seeds(self, tune: TuneConfig) -> list[int]:
+        """Seeds of every trial of an arm: the run's own first, and others far from those of the reruns."""
+        return [self.train.seed, *(self.train.seed + FAR + i for i in range(1, tune.seeds))]
 
 
 def load_compare_config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankworks.compare.conclude import advice, headline
 from rankworks.compare.result import CompareResult, Row
-from rankworks.compare.words import number, p_value, unit
+from rankworks.compare.words import number, p_value, tuning, unit
 from rankworks.train.report.words import duration, size
 
 
@@ -59,8 +59,8 @@ def markdown(result: CompareResult) -> str:
     data, budget = result.data, result.budget
     lines += [
         f"{data['title']} ({data['train']} training, {data['valid']} validation, {data['test']} test records), "
-        f"{result.model['name']} ({result.model['parameters']:,} parameters). Per arm: {budget['trials']} trials of "
-        f"{budget['steps']} steps, tuned on the {result.tuned_on}, then seeds {', '.join(map(str, budget['seeds']))}."
+        f"{result.model['name']} ({result.model['parameters']:,} parameters). Per arm: {tuning(budget)}, "
+        f"tuned on the {result.tuned_on}, then seeds {', '.join(map(str, budget['seeds']))}."
         + ("" if budget["equal"] == "none" else f" Equal {budget['equal']}: {budget['value'] or 'the baseline’s'}.")
         + f" The untouched model: {unit(result.metric)} {number(result.base.get(result.metric), result.metric)}.",
         "",

@@ -76,7 +76,8 @@ class TrialResult:
     slot: its name within the arm ("trial 3", "wider 1"). settings: what was varied besides the learning rate.
     outcome: "complete", "pruned", "diverged", "out of memory" or "failed". value: what was minimised (the validation
     loss, or minus the validation score); where the trial was pruned, the last one seen. losses, valid: pairs
-    (step, value); losses are thinned to a few hundred points.
+    (step, value); losses are thinned to a few hundred points. values: of each seed, where there were several: `value`
+    and the curves are their means.
     """
 
     slot: str
@@ -91,6 +92,7 @@ class TrialResult:
     losses: list[tuple[int, float]] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
     rate: dict[str, Any] | None = None
+    values: list[float | None] = field(default_factory=list)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from rankworks.compare.config import CompareConfig
 from rankworks.compare.result import RerunResult, TrialResult, rerun, trial
 from rankworks.compare.study import Cell, Ledger
 from rankworks.compare.trial import (
+    COMPLETE,
     DIVERGED,
     FAILED,
     MEMORY,
@@ -26,6 +27,7 @@ from rankworks.compare.trial import (
     Bench,
     Outcome,
     PrunedError,
+    averaged,
     blame,
 )
 from rankworks.compare.tune import AGAIN, Agenda, Seen, agenda, best, count_of, distributions, given, pruner, sampler
@@ -152,8 +154,17 @@ class Session:
                 if claim.trial.should_prune():
                     raise PrunedError
 
-            self.board.cell(arm.label, name, None if lr == AUTO else lr, steps)
-            outcome = self._run(arm, lr, drawn, config.train.seed, steps, look=look)
+            runs: list[Outcome] = []
+            for seed in config.tuning_seeds(arm.tune):
+                told = name if not runs else f"{name}, seed {seed}"
+                self.board.cell(arm.label, told, None if lr == AUTO else lr, steps)
+                # The pruner judges the first seed's run; a rate that was measured there holds for the others.
+                rate = lr if not runs or runs[0].rate is None else runs[0].rate.lr
+                runs.append(self._run(arm, rate, drawn, seed, steps, look=None if runs else look))
+                self.board.did(runs[-1].seconds)
+                if runs[-1].outcome != COMPLETE:
+                    break
+            outcome = averaged(runs)
             made = TrialResult(
                 slot=name,
                 number=claim.trial.number,
@@ -167,9 +178,9 @@ class Session:
                 losses=outcome.losses,
                 valid=outcome.valid,
                 rate=None if outcome.rate is None else asdict(outcome.rate),
+                values=[run.value for run in runs] if len(runs) > 1 else [],
             )
             claim.finish(plain(asdict(made)), made.value, outcome.outcome == PRUNED)
-        self.board.did(steps, outcome.seconds)
         return True
 
     def _rerun(self, arm: Arm, standing: Standing, name: str) -> bool:
@@ -203,7 +214,7 @@ class Session:
             )
             value = scored.metrics[self.bench.scorer.metric] if scored else None
             claim.finish(plain(asdict(made)), value)
-        self.board.did(steps, outcome.seconds)
+        self.board.did(outcome.seconds)
         return True
 
     def _run(

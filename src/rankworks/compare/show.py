@@ -22,7 +22,7 @@ LINE_EVERY = 15.0
 class Board:
     """The display of a comparison on standard error. show: False is silent.
 
-    seeds, trials: how many cells an arm has, by which the time that is left is told.
+    seeds, trials: how many reruns and trials an arm has, by which the time that is left is told.
     """
 
     def __init__(self, metric: str, tuned_on: str, trials: int, seeds: int, show: bool = True):
@@ -32,7 +32,7 @@ class Board:
         self.doing: tuple[str, str, int] | None = None  # arm, cell, steps
         self.step = 0
         self.worked = 0.0  # seconds of this process's cells
-        self.cells = 0
+        self.runs = 0
         self.live: Live | None = None
         self._last = time.monotonic()
 
@@ -76,9 +76,9 @@ class Board:
             self._line(f"{self.doing[0]}: {self.doing[1]}, step {step}/{self.doing[2]}")
         self._draw()
 
-    def did(self, steps: int, seconds: float) -> None:
+    def did(self, seconds: float) -> None:
         """Note that a run is over, and what it took."""
-        self.worked, self.cells, self.doing = self.worked + seconds, self.cells + 1, None
+        self.worked, self.runs, self.doing = self.worked + seconds, self.runs + 1, None
 
     def waiting(self) -> None:
         """Say that all that is left is in other hands."""
@@ -99,19 +99,20 @@ class Board:
         if self.live is not None:
             self.live.update(self._table())
 
-    def _open_cells(self) -> int:
+    def _open_runs(self) -> int:
         """How many runs are left, as far as is known."""
         left = 0
         for s in self.standings.values():
             if not s.done:
                 trials = len(s.agenda.open(s.seen)) if s.agenda is not None else self.trials
-                left += trials + self.seeds - len(s.reruns)
+                left += trials * s.arm.tune.seeds + self.seeds - len(s.reruns)
         return left
 
     def _left(self) -> str:
-        if not self.cells:
-            return f"{self._open_cells()} runs left"
-        return f"{self._open_cells()} runs left, about {duration(self.worked / self.cells * self._open_cells())}"
+        left = self._open_runs()
+        if not self.runs:
+            return f"{left} runs left"
+        return f"{left} runs left, about {duration(self.worked / self.runs * left)}"
 
     def _state(self, s: Standing) -> str:
         if s.reason is not None:

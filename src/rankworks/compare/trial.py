@@ -8,9 +8,9 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,29 @@ class Outcome:
     optimizer_bytes: int | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
+
+
+def averaged(runs: Sequence[Outcome]) -> Outcome:
+    """Return what came of one setting over its seeds; one that did not come to its end speaks for all."""
+    last = runs[-1]
+    if len(runs) == 1 or last.outcome != COMPLETE:
+        return replace(last, seconds=round(sum(run.seconds for run in runs), 3), rate=runs[0].rate)
+    return replace(
+        runs[0],
+        value=_mean([run.value for run in runs if run.value is not None]),
+        seconds=round(sum(run.seconds for run in runs), 3),
+        losses=_mean_curve([run.losses for run in runs]),
+        valid=_mean_curve([run.valid for run in runs]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_curve(curves: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Return the mean of curves over the same steps."""
+    return [(points[0][0], round(_mean([y for _, y in points]), 6)) for points in zip(*curves, strict=True)]
 
 
 class Bench:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 SHARES = ("accuracy", "exact_match")
 
 
@@ -16,6 +19,13 @@ def number(value: float | None, metric: str, sign: bool = False) -> str:
 def unit(metric: str) -> str:
     """Return the metric's name with its unit."""
     return f"{metric.replace('_', ' ')} %" if metric in SHARES else metric.replace("_", " ")
+
+
+def tuning(budget: Mapping[str, Any]) -> str:
+    """Return how many runs an arm was tuned on."""
+    seeds = budget.get("tuning_seeds", 1)
+    mean = f", each the mean of {seeds} seeds" if seeds > 1 else ""
+    return f"{budget.get('trials')} trials of {budget.get('steps')} steps{mean}"
 
 
 def p_value(p: float | None) -> str:

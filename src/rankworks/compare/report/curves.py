@@ -104,6 +104,8 @@ def _told(trial: TrialResult) -> str:
     """Return a trial in words for the hover; its reason in lines."""
     said = f"{trial.slot}: {trial.outcome} after {trial.steps} steps"
     said += "" if trial.value is None else f", {abs(trial.value):.4g}"
+    if trial.values:
+        said += f" (seeds: {', '.join('broken' if v is None else f'{abs(v):.4g}' for v in trial.values)})"
     settings = ", ".join(f"{name} {value}" for name, value in trial.settings.items())
     reason = trial.reason or ""
     lines = [said, settings, *(reason[i : i + 60] for i in range(0, min(len(reason), 240), 60))]

@@ -14,7 +14,7 @@ from rankworks.compare.report.classes import class_table, metric_table
 from rankworks.compare.report.costs import cost_charts
 from rankworks.compare.report.curves import final_chart, ordered, rate_chart, trial_chart
 from rankworks.compare.result import CompareResult
-from rankworks.compare.words import number, unit
+from rankworks.compare.words import number, tuning, unit
 from rankworks.core.files import atomic_write
 from rankworks.train.report.shell import code, document, figure, pairs, section, tabs
 from rankworks.train.report.words import duration
@@ -72,8 +72,8 @@ def _header(result: CompareResult) -> str:
     base = number(result.base.get(result.metric), result.metric)
     facts = (
         f"{data.get('train', 0):,} training, {data.get('valid', 0):,} validation and {data.get('test', 0):,} test "
-        f"records. Every method: {budget.get('trials')} trials of {budget.get('steps')} steps, tuned on the "
-        f"{result.tuned_on}, then {seeds} {'seed' if seeds == 1 else 'seeds'}.{given} "
+        f"records. Every method: {tuning(budget)}, tuned on the {result.tuned_on}, then {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}.{given} "
         f"{f'The untouched model: {unit(result.metric)} {base}. ' if base else ''}"
         f"{duration(result.seconds)} in all."
     )
