@@ -43,6 +43,7 @@ def finished_run(folder: Path, steps: int = 30, **changes: Any) -> RunResult:
         examples=[Shown("A headline\n\n</script><script>alert(1)</script>", "sport", "sport", CLASSES[1])],
         confusion=Confusion(CLASSES, [[3, 1], [1, 3]]),
         output=str(folder),
+        judged=8,
     )
     for name, value in changes.items():
         setattr(result, name, value)
@@ -162,10 +163,11 @@ def test_metrics_without_classes_are_a_table(tmp_path: Path) -> None:
         before={"exact_match": 0.1, "perplexity": 20.0},
         after={"exact_match": 0.6, "perplexity": 3.25},
         confusion=None,
+        judged=10,
         examples=[Shown("1 + 1?", "2", "3", "2 & more")],
     )
     text = " ".join(Page(write_report(tmp_path / "run").read_text()).text)
-    for part in ("60.0 %", "exact match, before and after", "3.25", "2 & more"):
+    for part in ("60.0 %", "exact match, before and after", "3.25", "2 & more", "after: 31.3 to 83.2 %", "10 records"):
         assert part in text, part
 
 

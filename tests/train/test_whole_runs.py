@@ -78,6 +78,7 @@ def test_completions_are_measured_by_exact_match_and_perplexity(tmp_path: Path):
     }
     result = train(model, byte_tokenizer(), task, config, progress=False)
     assert result.after["exact_match"] > 0.5 > result.before["exact_match"]
+    assert result.judged == 10
     assert result.after["perplexity"] == pytest.approx(math.exp(result.after["loss"]))
     assert result.after["loss"] < result.before["loss"]
     assert any(e.after == e.expected for e in result.examples)

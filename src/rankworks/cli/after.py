@@ -59,12 +59,11 @@ def show_result(out: Output, config: RunConfig, result: RunResult, report: Path 
 def measures(result: RunResult):
     """Return the table of every metric before and after, with 95 % intervals where it is a share of records."""
     shown = table("", "before", "after", "95 % interval", right="before after")
-    count = sum(map(sum, result.confusion.counts)) if result.confusion else None
     for name in result.after:
         before, after = result.before[name], result.after[name]
         if name in PERCENT:
             between = ""
-            if count:
+            if count := result.judged:
                 (a, b), (c, d) = interval(before, count), interval(after, count)
                 between = (
                     f"{100 * a:.0f} to {100 * b:.0f} %  ->  {100 * c:.0f} to {100 * d:.0f} %, on {count} test records"

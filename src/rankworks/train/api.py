@@ -287,6 +287,7 @@ def _result(model: nn.Module, loop: Loop, before: Measured, after: Measured, fol
         chosen=_chosen(model, names),
         optimizer_bytes=held_bytes(loop.optimizer),
         precision=resolved(loop.train.precision, next(model.parameters()).device),
+        judged=len(after.right),
     )
 
 

@@ -36,7 +36,8 @@ class RunResult:
     tokens that are not padding; peak_memory_bytes is the accelerator's, or the process's on a CPU. chosen: what the
     adapter's selection chose, layers or modules; None without one. model: where the model lies that was trained as a
     whole, None beside an adapter. optimizer_bytes: what the optimizer kept in the end, but for step counters.
-    precision: what it computed in, "float32" or "bf16".
+    precision: what it computed in, "float32" or "bf16". judged: test records whose answers were right or wrong, 0 where
+    a loss alone was measured.
     """
 
     before: dict[str, float]
@@ -60,6 +61,7 @@ class RunResult:
     model_bytes: int = 0
     optimizer_bytes: int = 0
     precision: str = "float32"
+    judged: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""

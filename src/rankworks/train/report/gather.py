@@ -37,11 +37,6 @@ class Evidence:
         measured = self.result.after
         return next((name for name in (*SHARES, "perplexity", "loss") if name in measured), next(iter(measured), ""))
 
-    @property
-    def evaluated(self) -> int | None:
-        """How many records were measured, where a confusion matrix tells."""
-        return sum(map(sum, self.result.confusion.counts)) if self.result.confusion else None
-
 
 def gather(folder: str | Path) -> Evidence:
     """Read a run's folder. Raises `StoreError` where it holds no finished run."""

@@ -72,11 +72,12 @@ def _header(evidence: Evidence, title: str) -> str:
     if after is None or before is None:
         return f"<header><h1>{escape(title)}</h1></header>\n"
     note = ""
-    if name in SHARES and evidence.evaluated:
-        (a, b), (c, d) = interval(before, evidence.evaluated), interval(after, evidence.evaluated)
+    if name in SHARES and (count := evidence.result.judged):
+        (a, b), (c, d) = interval(before, count), interval(after, count)
+        classes = ", in equal shares of their classes" if evidence.result.confusion else ""
         note = (
             f"95 % interval before: {100 * a:.1f} to {100 * b:.1f} %, after: {100 * c:.1f} to {100 * d:.1f} % "
-            f"(Wilson). The same {evidence.evaluated} records both times, in equal shares of their classes."
+            f"(Wilson). The same {count} records both times{classes}."
         )
     metric = escape(name.replace("_", " "))
     bytewise = name == "perplexity" and (evidence.config.get("model") or {}).get("tokenizer") == BYTES
