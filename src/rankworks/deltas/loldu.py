@@ -25,16 +25,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankworks.core.delta import Factors
 from rankworks.core.fields import Positive, Rank, Setting
-from rankworks.core.forms.projected import Projected
+from rankworks.core.forms.diagonal import Diagonal
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import unit_lu
 
 
 @delta("loldu", title="LoLDU", year=2024, paper="arXiv:2410.13618")
-class LoLDU(Projected):
+class LoLDU(Diagonal):
     """A trained diagonal between frozen triangles."""
 
     rank: int = Rank(64, "length of the trained diagonal; the paper's default is the full width, 768")
@@ -83,18 +82,6 @@ class LoLDU(Projected):
         if not self.train_sigma:
             return self.scale * (self.z - self.z0)
         return self.sigma * (self.z - self.z0) + (self.sigma - self.scale) * self.z0
-
-    def middle(self, h: Tensor) -> Tensor:
-        """Each coordinate times its move."""
-        return h * self.moves().to(h.dtype)
-
-    def left(self) -> Tensor:
-        """P L_r."""
-        return self.B
-
-    def factors(self) -> Factors:
-        """Exact at rank r, on the original weight: (P L_r diag(moves), U_r)."""
-        return Factors(self.B * self.moves(), self.A)
 
     @classmethod
     def inner_rank(cls, spec: Any, shape: Shape) -> int:

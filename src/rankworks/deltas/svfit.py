@@ -17,16 +17,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rankworks.core.delta import Factors
 from rankworks.core.fields import Rank, Setting
-from rankworks.core.forms.projected import Projected
+from rankworks.core.forms.diagonal import Diagonal
 from rankworks.core.registry import delta
 from rankworks.core.site import Shape
 from rankworks.linalg import truncated_svd
 
 
 @delta("svfit", title="SVFit", year=2024, paper="arXiv:2409.05926")
-class SVFit(Projected):
+class SVFit(Diagonal):
     """A trained move of each of the r largest singular values."""
 
     rank: int = Rank(64, "how many singular values to train, from the largest; the paper keeps 99 % of the spectrum")
@@ -43,18 +42,6 @@ class SVFit(Projected):
     def moves(self) -> Tensor:
         """What is added to each singular value, (r,)."""
         return self.d if self.param == "absolute" else self.sigma0 * self.d
-
-    def middle(self, h: Tensor) -> Tensor:
-        """Each coordinate times its singular value's move."""
-        return h * self.moves().to(h.dtype)
-
-    def left(self) -> Tensor:
-        """U_r."""
-        return self.B
-
-    def factors(self) -> Factors:
-        """Exact at rank r: (U_r diag(d), V_r^T)."""
-        return Factors(self.B * self.moves(), self.A)
 
     @classmethod
     def count(cls, spec: Any, shape: Shape) -> int:
