@@ -15,6 +15,7 @@ from rankworks.cli.app import app
 from rankworks.compare import CompareResult
 from rankworks.compare.conclude import advice, headline
 from rankworks.compare.markdown import cells, columns, markdown
+from rankworks.compare.result import TrialResult
 from rankworks.compare.session import Standing
 from rankworks.compare.show import Board
 from rankworks.compare.words import p_value
@@ -114,7 +115,11 @@ def test_the_board_draws_its_table_on_a_terminal():
         board.cell("lora", "trial 0", 1e-3, 10)
         board.tick(4)
         board.console.print(board._table())
-        board.did(2.0)
+        board.did()
+        board.began -= 6.0
+        for k in range(3):  # two of them by another process
+            standings[0].trials[f"trial {k}"] = TrialResult(f"trial {k}", k, 1e-3, {}, "complete", None, 1.0, 10, 3.0)
+        board.update(standings[0])
         standings[1].reason, standings[1].done = "every trial diverged", True
         board.update(standings[1])
         board.console.print(board._table())
@@ -122,4 +127,4 @@ def test_the_board_draws_its_table_on_a_terminal():
     assert "18 runs left" in text
     assert "trial 0, step 4/10" in text
     assert "failed: every trial diverged" in text
-    assert "9 runs left, about 18 s" in text
+    assert "6 runs left, about 12 s" in text

@@ -34,6 +34,9 @@ from rankworks.compare.tune import AGAIN, Agenda, Seen, agenda, best, count_of, 
 from rankworks.core.errors import ConfigError
 from rankworks.train.config import AUTO, Auto
 
+LOOK = 30.0
+"""Seconds between two looks at what other processes did to arms that this one is not at."""
+
 WAIT = 1.0
 """Seconds between two looks at what other processes do."""
 
@@ -85,10 +88,9 @@ class Session:
     ):
         """`finished` is called with every arm whose last cell was done by this process."""
         self.config, self.arms, self.ledger, self.bench, self.board = config, arms, ledger, bench, board
-        self.finished = finished
+        self.finished, self._looked = finished, time.monotonic()
         self.shared = ledger.study("reruns", shared_identity(config, bench.task.classes))
         self.studies = {arm.label: ledger.study(f"arm {arm.label}", plain(arm.identity())) for arm in arms}
-        self.spent = 0.0
 
     def work(self) -> None:
         """Do every cell that is free, and wait for those that others do."""
@@ -112,6 +114,7 @@ class Session:
                 return "waiting"
             standing = self.standing(arm)
             self.board.update(standing)
+            self._look(arm)
             if standing.done:
                 if worked:
                     self.finished(standing)
@@ -125,6 +128,14 @@ class Session:
             if taken is None:
                 return "worked" if worked else "waiting"
             worked = True
+
+    def _look(self, at: Arm) -> None:
+        """Show what others did meanwhile, now and then."""
+        if self.board.show and time.monotonic() - self._looked > LOOK:
+            for arm in self.arms:
+                if arm is not at:
+                    self.board.update(self.standing(arm))
+            self._looked = time.monotonic()
 
     def _cell(self, arm: Arm, standing: Standing, name: str, tuning: bool) -> bool:
         """Do one cell; False where another process was quicker."""
@@ -161,7 +172,7 @@ class Session:
                 # The pruner judges the first seed's run; a rate that was measured there holds for the others.
                 rate = lr if not runs or runs[0].rate is None else runs[0].rate.lr
                 runs.append(self._run(arm, rate, drawn, seed, steps, look=None if runs else look))
-                self.board.did(runs[-1].seconds)
+                self.board.did()
                 if runs[-1].outcome != COMPLETE:
                     break
             outcome = averaged(runs)
@@ -214,7 +225,7 @@ class Session:
             )
             value = scored.metrics[self.bench.scorer.metric] if scored else None
             claim.finish(plain(asdict(made)), value)
-        self.board.did(outcome.seconds)
+        self.board.did()
         return True
 
     def _run(
@@ -224,9 +235,7 @@ class Session:
             recipe = self.bench.recipe(arm, lr, settings, seed, steps)
         except ConfigError as error:  # a drawn setting that does not go with the others
             return Outcome(FAILED, str(error))
-        outcome = self.bench.run(arm, recipe, tick=self.board.tick, **options)
-        self.spent += outcome.seconds
-        return outcome
+        return self.bench.run(arm, recipe, tick=self.board.tick, **options)
 
     # ---- equal time -----------------------------------------------------------------------------------------------
 

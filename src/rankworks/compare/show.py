@@ -22,7 +22,8 @@ LINE_EVERY = 15.0
 class Board:
     """The display of a comparison on standard error. show: False is silent.
 
-    seeds, trials: how many reruns and trials an arm has, by which the time that is left is told.
+    seeds, trials: how many reruns and trials an arm has. The time that is left follows from what all processes that
+    work on the comparison have finished since this one began to look.
     """
 
     def __init__(self, metric: str, tuned_on: str, trials: int, seeds: int, show: bool = True):
@@ -31,8 +32,7 @@ class Board:
         self.standings: dict[str, Standing] = {}
         self.doing: tuple[str, str, int] | None = None  # arm, cell, steps
         self.step = 0
-        self.worked = 0.0  # seconds of this process's cells
-        self.runs = 0
+        self.began, self.had = time.monotonic(), 0  # when runs were first counted, and how many were done then
         self.live: Live | None = None
         self._last = time.monotonic()
 
@@ -52,6 +52,7 @@ class Board:
     def begin(self, standings: Sequence[Standing]) -> None:
         """Show all arms; some may be done by an earlier call or another process."""
         self.standings = {s.arm.label: s for s in standings}
+        self.began, self.had = time.monotonic(), self._done_runs()
         self._draw()
 
     def update(self, standing: Standing) -> None:
@@ -76,9 +77,9 @@ class Board:
             self._line(f"{self.doing[0]}: {self.doing[1]}, step {step}/{self.doing[2]}")
         self._draw()
 
-    def did(self, seconds: float) -> None:
-        """Note that a run is over, and what it took."""
-        self.worked, self.runs, self.doing = self.worked + seconds, self.runs + 1, None
+    def did(self) -> None:
+        """Note that a run is over."""
+        self.doing = None
 
     def waiting(self) -> None:
         """Say that all that is left is in other hands."""
@@ -108,11 +109,15 @@ class Board:
                 left += trials * s.arm.tune.seeds + self.seeds - len(s.reruns)
         return left
 
+    def _done_runs(self) -> int:
+        """How many runs are known to be done, by whomever."""
+        return sum(len(s.trials) * s.arm.tune.seeds + len(s.reruns) for s in self.standings.values())
+
     def _left(self) -> str:
-        left = self._open_runs()
-        if not self.runs:
+        left, done = self._open_runs(), self._done_runs() - self.had
+        if not done:
             return f"{left} runs left"
-        return f"{left} runs left, about {duration(self.worked / self.runs * left)}"
+        return f"{left} runs left, about {duration((time.monotonic() - self.began) / done * left)}"
 
     def _state(self, s: Standing) -> str:
         if s.reason is not None:
