@@ -45,7 +45,8 @@ class Gradient(Statistic):
     def result(self) -> Tensor:
         """The mean over batches."""
         assert self.total is not None
-        return self.total / self.batches
+        self.total, self.batches = self.total.div_(self.batches), 1  # in place: a copy of all sites' sums is much
+        return self.total
 
 
 class GradientMagnitude(Gradient):
@@ -104,7 +105,8 @@ class InputSecondMoment(Statistic):
     def result(self) -> Tensor:
         """The mean over tokens."""
         assert self.total is not None
-        return self.total / self.count
+        self.total, self.count = self.total.div_(self.count), 1
+        return self.total
 
     def example(self, shape: Shape, generator: torch.Generator) -> Tensor:
         """Of as many random inputs as there are features, and a few more."""
