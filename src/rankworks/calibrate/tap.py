@@ -34,8 +34,9 @@ class Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Report g and hand it on."""
         (g,) = gradients
+        found, ctx.found = ctx.found, None  # it holds the layer's input, which would live as long as the loss
         with torch.no_grad():
-            ctx.found(g)
+            found(g)
         return (g if ctx.needs_input_grad[0] else None), g.new_zeros(()), None
 
 
