@@ -1,7 +1,7 @@
-"""Write what follows from the registry and from results: pages of methods, the README's table and its picture.
+"""Write what follows from the registry and from results: pages of methods, tables and the README's picture.
 
-    python docs/generate.py           write docs/methods/, the table in README.md and the picture it shows
-    python docs/generate.py --check   exit 1 where the table is not what the registry says, or the picture the results
+    python docs/generate.py           write docs/methods/, the tables of README.md and auto-rate.md, and the picture
+    python docs/generate.py --check   exit 1 where a table is not what the registry or the results say, or the picture
 
 mkdocs calls `on_pre_build`, so the site is never behind the code.
 """
@@ -9,6 +9,7 @@ mkdocs calls `on_pre_build`, so the site is never behind the code.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = {"compare-minilm-bbc-8": "8 articles of each topic", "compare-minilm-bbc-64": "64 articles of each topic"}
 """The comparisons of the README's picture and what its panels are called."""
 PICTURE = ROOT / "results" / "minilm-bbc.svg"
-BEGIN, END = "<!-- methods: made by docs/generate.py -->", "<!-- end of methods -->"
+METHODS = "<!-- methods: made by docs/generate.py -->", "<!-- end of methods -->"
+RATES = "<!-- rates: made by docs/generate.py -->", "<!-- end of rates -->"
+"""Where tables begin and end."""
+MEASURED = ROOT / "benchmarks" / "results" / "auto_rate.json"
+TASKS = {
+    "minilm": "MiniLM, BBC News",
+    "minilm-long": "MiniLM, BBC News",
+    "tiny": "llama of 0.5 M, arithmetic",
+    "tiny-long": "llama of 0.5 M, arithmetic",
+    "tiny-new": "llama of 0.5 M from random weights, source code",
+    "smol-arithmetic": "SmolLM2, arithmetic",
+    "smol-bbc": "SmolLM2, BBC News as text",
+    "smol-stdlib": "SmolLM2, source code",
+}
+"""Tasks of the automatic rate's pairs in words."""
 
 
 def link(paper: str) -> str:
@@ -97,11 +112,47 @@ def write_pages(folder: Path) -> None:
         (folder / page_name(method)).write_text(page(method))
 
 
+def between(text: str, marks: tuple[str, str], made: str) -> str:
+    """Return a text with what was made between two marks."""
+    head, rest = text.split(marks[0])
+    tail = rest.split(marks[1])[1]
+    return f"{head}{marks[0]}\n{made}\n{marks[1]}{tail}"
+
+
 def readme_with_table(text: str) -> str:
-    """Return the README with the registry's table between its markers."""
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    """Return the README with the registry's table."""
+    return between(text, METHODS, table())
+
+
+def rates_with_tables(text: str) -> str:
+    """Return the page on automatic rates with the figures of its benchmark: both sides in short, then every pair."""
+    measured = json.loads(MEASURED.read_text())
+    sides = {"calibrate": "calibration", "held-out": "held out"}
+    lines = ["| | pairs | within 5 % of the best | median | worst | mean cost |", "|---|---:|---:|---:|---:|---:|"]
+    for side, called in sides.items():
+        s = measured["summary"][side]["auto"]
+        lines.append(
+            f"| {called} | {s['pairs']} | {s['near']} | {share(s['median'])} | {share(s['worst'])} | "
+            f"{share(s['cost_mean'])} |"
+        )
+    lines += [
+        "",
+        "| | task | method | measured | best of the sweep | share of its improvement | cost |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for p in measured["pairs"]:
+        setting = measured["settings"][p["task"]]
+        task = f"{TASKS[p['task']]}, {setting['steps']} steps of {setting['batch']}"
+        lines.append(
+            f"| {sides[p['side']]} | {task} | `{p['method']}` | {p['lr']:g} | {p['best']:g} | "
+            f"{share(p['share'])} | {share(p['cost'])} |"
+        )
+    return between(text, RATES, "\n".join(["", *lines, ""]))
+
+
+def share(value: float) -> str:
+    """Return a share as people read it."""
+    return f"{100 * value:.1f} %"
 
 
 def few_shot_picture() -> str:
@@ -120,7 +171,12 @@ def on_pre_build(config: Any) -> None:
 
 def main() -> int:
     """Write everything, or with --check compare what is committed."""
-    made = {ROOT / "README.md": readme_with_table((ROOT / "README.md").read_text()), PICTURE: few_shot_picture()}
+    readme, rates = ROOT / "README.md", ROOT / "docs" / "auto-rate.md"
+    made = {
+        readme: readme_with_table(readme.read_text()),
+        rates: rates_with_tables(rates.read_text()),
+        PICTURE: few_shot_picture(),
+    }
     if "--check" in sys.argv:
         behind = [str(path.relative_to(ROOT)) for path, text in made.items() if path.read_text() != text]
         if behind:

@@ -43,6 +43,12 @@ def test_the_readme_s_picture_is_what_the_results_say() -> None:
     assert generate.few_shot_picture() == generate.PICTURE.read_text(), "run `python docs/generate.py`"
 
 
+def test_the_figures_of_the_automatic_rate_are_those_of_its_benchmark() -> None:
+    generate = load(ROOT / "docs" / "generate.py")
+    text = (ROOT / "docs" / "auto-rate.md").read_text()
+    assert generate.rates_with_tables(text) == text, "run `python docs/generate.py`"
+
+
 def test_a_page_is_made_for_every_method(tmp_path):
     load(ROOT / "docs" / "generate.py").write_pages(tmp_path)
     pages = {p.name for p in tmp_path.iterdir()}
