@@ -3,7 +3,8 @@
     improvement = held-out loss before - after the run
     sweep       runs in half decades: at the measured rate and on both sides of it, and on until the best of them lies
                 inside; its improvement is what the measured rate's is a share of
-    cost        forward-backward passes of the measurement over those of a sweep of `TRIALS` runs
+    cost        forward-backward passes of the measurement over those of a sweep of `TRIALS` runs: of each pair, and of
+                all together, where long runs count as much as they cost
 
 Beside it the rates of the sharpness law, lr = c / sqrt(n lambda), at the constant that serves the calibration pairs
 best. Every finished run is a line in a file, so a benchmark that was stopped goes on where it was; nothing here
@@ -200,6 +201,16 @@ def summary(rows: list[dict[str, Any]], share: Callable[[dict[str, Any]], float]
     }
 
 
+def spent(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the measurements cost beside the sweeps: all together, the middle one, and the mean of the shares."""
+    costs, swept = sorted(row["cost"] for row in rows), sum(row["passes"] / row["cost"] for row in rows)
+    return {
+        "cost_together": round(sum(row["passes"] for row in rows) / swept, 4),
+        "cost_median": costs[len(costs) // 2],
+        "cost_mean": round(sum(costs) / len(costs), 4),
+    }
+
+
 def table(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return the summaries of both sides: of the measured rate, and of the law at its calibrated constant."""
     known = rows["calibrate"]
@@ -208,9 +219,8 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     made: dict[str, Any] = {"law_constant": round(c, 3)}
     for side, found in rows.items():
         if found:
-            costs = [row["cost"] for row in found]
             made[side] = {
-                "auto": summary(found, lambda row: row["share"]) | {"cost_mean": round(sum(costs) / len(costs), 4)},
+                "auto": summary(found, lambda row: row["share"]) | spent(found),
                 "law": summary(found, lambda row: of_law(row, c)),
             }
     return made
