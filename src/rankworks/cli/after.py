@@ -13,6 +13,7 @@ from rankworks.core.select import in_words
 from rankworks.train.rates.rate import MeasuredRate
 from rankworks.train.report import interval
 from rankworks.train.report.words import duration, size
+from rankworks.train.result import SHARES
 
 if TYPE_CHECKING:
     from rankworks.train.config import RunConfig
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """How many answers are shown; the report has the rest."""
-
-PERCENT = ("accuracy", "exact_match")
 
 
 def show_result(out: Output, config: RunConfig, result: RunResult, report: Path | None) -> None:
@@ -61,7 +60,7 @@ def measures(result: RunResult):
     shown = table("", "before", "after", "95 % interval", right="before after")
     for name in result.after:
         before, after = result.before[name], result.after[name]
-        if name in PERCENT:
+        if name in SHARES:
             between = ""
             if count := result.judged:
                 (a, b), (c, d) = interval(before, count), interval(after, count)

@@ -16,8 +16,7 @@ from rankworks.compare.trial import COMPLETE, DIVERGED, PRUNED
 from rankworks.train.config import AUTO
 from rankworks.train.rates.rate import MeasuredRate
 from rankworks.train.report import interval
-
-SHARES = ("accuracy", "exact_match")
+from rankworks.train.result import SHARES
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,20 +80,16 @@ def averaged(runs: Sequence[Outcome]) -> Outcome:
         return replace(last, seconds=round(sum(run.seconds for run in runs), 3), rate=runs[0].rate)
     return replace(
         runs[0],
-        value=_mean([run.value for run in runs if run.value is not None]),
+        value=fmean(run.value for run in runs if run.value is not None),
         seconds=round(sum(run.seconds for run in runs), 3),
         losses=_mean_curve([run.losses for run in runs]),
         valid=_mean_curve([run.valid for run in runs]),
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _mean_curve(curves: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:
     """Return the mean of curves over the same steps."""
-    return [(points[0][0], round(_mean([y for _, y in points]), 6)) for points in zip(*curves, strict=True)]
+    return [(points[0][0], round(fmean(y for _, y in points), 6)) for points in zip(*curves, strict=True)]
 
 
 class Bench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SHARES = ("accuracy", "exact_match")
+from rankworks.train.result import SHARES
 
 
 def number(value: float | None, metric: str, sign: bool = False) -> str:

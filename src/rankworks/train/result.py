@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+SHARES = ("accuracy", "exact_match")
+"""Metrics that are a share of the records, in the order in which one of them becomes a report's headline."""
+
 
 @dataclass
 class Shown:

@@ -12,9 +12,10 @@ from rankworks.compare.conclude import against_baseline
 from rankworks.compare.markdown import shares_rank
 from rankworks.compare.report.bars import Axis, bar
 from rankworks.compare.result import ArmResult, CompareResult, Row
-from rankworks.compare.words import SHARES, number, p_value
+from rankworks.compare.words import number, p_value
 from rankworks.train.report.shell import code, copy_button, pairs
 from rankworks.train.report.words import duration, size
+from rankworks.train.result import SHARES
 
 VERDICTS = {"better": "better", "worse": "worse", "not shown": "no difference shown"}
 SEARCHED_FROM = 9

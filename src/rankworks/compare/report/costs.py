@@ -11,9 +11,10 @@ import plotly.graph_objects as go
 
 from rankworks.compare.conclude import ran
 from rankworks.compare.result import CompareResult
-from rankworks.compare.words import SHARES, number
+from rankworks.compare.words import number
 from rankworks.train.report.style import BLUE, GREY, ORANGE, style, ticks
 from rankworks.train.report.words import duration, size
+from rankworks.train.result import SHARES
 
 HEIGHT = 440
 STATE = "optimizer state"

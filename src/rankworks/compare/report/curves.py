@@ -16,9 +16,9 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from rankworks.compare.result import ArmResult, CompareResult, TrialResult
-from rankworks.compare.words import SHARES
 from rankworks.train.report.charts import smoothed
 from rankworks.train.report.style import GREY, caption, style, ticks
+from rankworks.train.result import SHARES
 
 HEIGHT = 440
 SPREAD = 10.0

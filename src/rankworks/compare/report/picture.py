@@ -18,9 +18,9 @@ from pathlib import Path
 
 from rankworks.compare.report.bars import Axis
 from rankworks.compare.result import CompareResult, Row
-from rankworks.compare.words import SHARES
 from rankworks.core.files import atomic_write
 from rankworks.train.report.words import amount, size
+from rankworks.train.result import SHARES
 
 NAME = "result.svg"
 WIDTH, ROW, HEAD, FOOT = 860, 20, 58, 54

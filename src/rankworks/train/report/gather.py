@@ -14,10 +14,7 @@ import yaml
 
 from rankworks.core.errors import StoreError
 from rankworks.core.version import __version__
-from rankworks.train.result import Confusion, RunResult
-
-SHARES = ("accuracy", "exact_match")
-"""Metrics that are a share of the records, in the order in which one of them becomes the headline."""
+from rankworks.train.result import SHARES, Confusion, RunResult
 
 
 @dataclass

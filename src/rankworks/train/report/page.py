@@ -10,10 +10,11 @@ import yaml
 from rankworks.core.files import atomic_write
 from rankworks.core.hub.byte_level import BYTES
 from rankworks.train.report.charts import class_chart, loss_chart
-from rankworks.train.report.gather import SHARES, Evidence, gather, interval
+from rankworks.train.report.gather import Evidence, gather, interval
 from rankworks.train.report.pieces import answers, matrices, measures, shown, tiles
 from rankworks.train.report.shell import code, document, figure, pairs, section
 from rankworks.train.report.words import duration, size
+from rankworks.train.result import SHARES
 
 NAME = "report.html"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from rankworks.train.report.gather import SHARES
-from rankworks.train.result import Confusion, Shown
+from rankworks.train.result import SHARES, Confusion, Shown
 
 OPENING = 200
 """Characters of a classified text that follow its headline."""
