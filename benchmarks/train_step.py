@@ -7,7 +7,8 @@ One process, rounds in which every variant takes one step after the other; the r
 Two questions: what does the adapter cost when nothing else differs (full logits, transformers' own loss on every
 token), and what does a step of the real task cost per token that is not padding (news articles with their labels to
 learn: peft with padding and full logits, ours with packing and logits where a label stands)? Peak memory is measured in
-a process per variant: the whole process's largest resident set, libraries and model included. See README.md.
+a process per variant: the whole process's largest resident set, libraries and model included. The first question is
+asked with freed memory kept in the process (heap.py), the second as a user runs it. See README.md.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Measure what was chosen and print the result."""
     import common
+    import heap
     import variants
 
     known = {*variants.FULL, *variants.TASK}
@@ -67,7 +69,9 @@ def measure(options: argparse.Namespace) -> None:
     }
     base, tokenizer = variants.load()
     tokens, examples, pad = variants.data(tokenizer, base, options.batch, options.length)
-    result["full_logits"] = full(options, base, tokens, [n for n in variants.FULL if n in chosen])
+    with heap.kept_heap() as kept:
+        result["setting"]["full_logits_heap"] = "kept" if kept else "as the system has it"
+        result["full_logits"] = full(options, base, tokens, [n for n in variants.FULL if n in chosen])
     result["task"] = task(options, base, examples, pad, [n for n in variants.TASK if n in chosen])
     if options.memory:
         for part in ("full_logits", "task"):
@@ -87,7 +91,7 @@ def full(options: argparse.Namespace, base: Any, tokens: Any, names: list[str]) 
     for name in dict.fromkeys(["floor", *names]):
         steps[name], sizes[name] = variants.full_step(name, base, tokens)
     common.note("full logits: " + ", ".join(steps))
-    seconds = common.alternate(steps, options.rounds, clock=options.clock)
+    seconds = common.alternate(steps, options.rounds, warmup=2, clock=options.clock)  # two, until the heap has settled
     rows = {}
     for name in steps:
         peer = {"peft": seconds[f"peft-{name}"]} if f"peft-{name}" in seconds else {}

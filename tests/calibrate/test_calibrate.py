@@ -293,6 +293,28 @@ def test_the_seed_of_a_run_decides_what_is_measured() -> None:
     assert not all(torch.equal(one[n][p], other[n][p]) for n, p in parts)
 
 
+def test_text_that_gives_many_examples_is_measured_on_as_many_as_were_asked_for(monkeypatch) -> None:
+    """A document of a text becomes hundreds of examples: two batches of three are six of them, from all over."""
+    from types import SimpleNamespace
+
+    from rankworks.train import calibration
+    from rankworks.train.batching.batches import Example
+
+    def pieces(records: list[int], where: str) -> list[Example]:
+        return [Example((r + 1, piece + 1), (r + 1, piece + 1)) for r in records for piece in range(50)]
+
+    prepared: Any = SimpleNamespace(task=SimpleNamespace(train=list(range(20))), pad=0, examples=pieces)
+    spec = AdaptSpec.from_flat({"delta": "lora", "rank": 2, "init": "eva"})
+    seen: list[Any] = []
+    monkeypatch.setattr(calibration, "calibrate", lambda model, data, *a, **k: seen.append(data))
+    for seed in (0, 0, 1):
+        calibration.measure_evidence(tiny_llama(), prepared, spec, batches=2, batch_size=3, seed=seed)
+    ids = [torch.cat([batch.inputs["input_ids"] for batch, _ in data]).tolist() for data in seen]
+    assert [len(rows) for rows in ids] == [6, 6, 6]
+    assert ids[0] == ids[1] != ids[2]
+    assert len({row[0] for row in ids[0]}) > 2  # not the head of one document
+
+
 @pytest.mark.parametrize("init", ["eva", "corda"])
 def test_a_recipe_starts_from_what_its_layers_read(init: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rankworks.train import api

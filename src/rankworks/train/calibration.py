@@ -33,12 +33,15 @@ def measure_evidence(
     """Return what `spec` needs at its sites, measured on `batches` batches of the task's training records.
 
     The records are those a run of this seed sees first (each once), and the loss is the mean over a batch's labels.
+    Plain text is cut into many more examples than it has records: then that many of them are drawn.
     given: what is known already, and is not measured.
     """
     records = prepared.task.train
     count = min(batches * batch_size, len(records))
     chosen = [records[i] for i in Sampler(len(records), seed).take(count)] if count else []
     examples = prepared.examples(chosen, "calibration")
+    if len(examples) > count:
+        examples = [examples[i] for i in Sampler(len(examples), seed).take(count)]
     collate = Collator(prepared.pad).batch
     parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     data = [(batch := collate(part), masks_of(part, batch)) for part in parts]

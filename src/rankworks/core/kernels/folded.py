@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rankworks.core.kernels.mode import compute_dtype, no_autocast
 from rankworks.core.kernels.recall import maker, recall
+from rankworks.core.kernels.thin import thin
 
 Project = Callable[[Tensor], Tensor]
 Added = Callable[[Tensor, Tensor], Tensor]
@@ -70,5 +71,5 @@ class _Folded(torch.autograd.Function):
             of_L = None
             if ctx.needs_input_grad[3]:
                 h = ctx.project(x if ctx.maker is None else recall(ctx.maker)).flatten(0, -2)  # (t, r)
-                of_L = (h.t() @ g.flatten(0, -2)).t()  # h^T g reads g along its rows
+                of_L = thin(h.t(), g.flatten(0, -2).t()).t()  # h^T g reads g along its rows
         return of_x, None, None, of_L, None, None

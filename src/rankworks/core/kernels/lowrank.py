@@ -31,6 +31,7 @@ from torch import Tensor
 from rankworks.core.kernels.drop import draw, kept, zero_
 from rankworks.core.kernels.mode import compute_dtype, no_autocast, sees_through, wants_gradient
 from rankworks.core.kernels.recall import maker, recall
+from rankworks.core.kernels.thin import thin
 
 
 class Reading(NamedTuple):
@@ -117,7 +118,7 @@ def _read(
         cast = x.to(dtype)
         flat = cast.reshape(-1, x.shape[-1])  # (t, in)
         dropped = draw(flat, p) if p else None
-        h = _masked(flat, dropped) @ _stack(A, dtype).t()
+        h = thin(_masked(flat, dropped), _stack(A, dtype))
         if p:
             h.mul_(1 / (1 - p))
     return cast, h.split([a.shape[0] for a in A], 1) if len(A) > 1 else (h,), dropped
@@ -198,7 +199,7 @@ def _read_backward(
     """
     if dropped is not None:
         e = e * k
-    of_A = None if x is None else e.t() @ _masked(x.reshape(-1, x.shape[-1]), dropped)
+    of_A = None if x is None else thin(e.t(), _masked(x.reshape(-1, x.shape[-1]), dropped).t())
     if shape is None:
         return None, of_A
     stacked = _stack(A, e.dtype)
@@ -247,9 +248,9 @@ class _Write(torch.autograd.Function):
         with no_autocast(g):
             g = g.reshape(-1, g.shape[-1])  # (t, out)
             if need_B:
-                of_B = (h.t() @ g).t().to(B.dtype)  # h^T g reads g along its rows, g^T h across them
+                of_B = thin(h.t(), g.t()).t().to(B.dtype)  # h^T g reads g along its rows, g^T h across them
             if need_h:
-                of_h = g @ B.to(g.dtype)
+                of_h = thin(g, B.to(g.dtype).t())
             if need_x:
                 weight = weight.to(g.dtype)
                 of_x = g @ weight if torch.is_grad_enabled() else ctx.total.add(g, weight)

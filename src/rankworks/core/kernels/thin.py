@@ -1,0 +1,61 @@
+"""Thin products, z = a b^T with a rank for one side of z: a low-rank pass is four of them per layer and step.
+
+a (m, k), b (n, k) -> z (m, n), with m or n a rank. Reading the input, x A^T, and dL/dh = g B make few columns of many
+rows; dL/dA = e^T x and dL/dB = h^T g make few rows out of a long sum over the tokens. On CPUs torch gives float32
+products to a library made for large ones, which packs the large operand anew before it multiplies: for these that
+costs more than multiplying. oneDNN, which torch brings for its 16-bit products and its compiler, reads the operand
+where it lies. It makes a kernel for each shape it has not met (0.4 ms), so small products stay with `mm`.
+
+Both sum in float32; they differ in the order of the sums, as `mm` itself does from one processor to another.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LEAST_NUMBERS = 2**19
+"""Numbers in the large operand from which the kernel's making pays within one step of a model of a few layers."""
+
+
+def thin(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T (m, n) of a (m, k) and b (n, k), either of which may be the transposed view of another."""
+    if max(a.numel(), b.numel()) >= LEAST_NUMBERS and _plain(a) and _plain(b) and _unwatched() and _serves():
+        return _onednn(a if a.shape[0] > b.shape[0] else a.contiguous(), b)
+    return a @ b.t()
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether the tensor is an ordinary one in float32 on a CPU that has something in it."""
+    return (
+        t.device.type == "cpu"
+        and t.dtype == torch.float32
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and t.numel() > 0
+    )
+
+
+def _unwatched() -> bool:
+    """Whether nobody asks for ordinary operations: autograd, a counter of operations, who switched oneDNN off."""
+    watched = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
+    return not watched and torch.backends.mkldnn.enabled  # type: ignore[return-value]
+
+
+@cache
+def _serves() -> bool:
+    """Whether this torch has the operation and it does what is asked of it, with views as well."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    a, b = torch.arange(8.0).view(2, 4)[:, :3], torch.arange(12.0).view(4, 3)
+    try:
+        made = _onednn(a, b), _onednn(a.t(), torch.ones(5, 2)), _onednn(a, b.t().contiguous().t())
+    except (AttributeError, RuntimeError):
+        return False
+    asked = a @ b.t(), a.t() @ torch.ones(2, 5), a @ b.t()
+    return all(torch.equal(m, w) for m, w in zip(made, asked, strict=True))
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
