@@ -2,9 +2,10 @@
 
 Used by inits_convergence.py and ranks.py. A cell is one run: (contender, learning rate, seed). The grid is
 run with the first seed; a contender's best rate is the one with the lowest held-out loss at the end, and the other
-seeds are run at that rate. Batches, their order and the held-out records are the same for all contenders of a seed.
-Every finished cell is a line in a file, so a benchmark that was stopped goes on where it was; nothing here measures
-time.
+seeds are run at that rate. Where the best lies at an edge of the grid, that contender's goes on beyond it by the same
+factor until the best lies inside. Batches, their order and the held-out records are the same for all contenders of a
+seed, so losses are compared seed by seed. Every finished cell is a line in a file, so a benchmark that was stopped goes
+on where it was; nothing here measures time.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Bench:
         rows = {}
         first, *others = self.setting.seeds
         for number, name in enumerate(self.contenders, start=1):
-            grid = {rate: self.cell(name, rate, first) for rate in self.setting.rates}
+            grid = self._grid(name, first)
             best = min(grid, key=lambda rate: grid[rate]["end"])
             cells = [grid[best], *(self.cell(name, best, seed) for seed in others)]
             rows[name] = {"rate": best, "ends": [c["end"] for c in cells], "cells": cells}
@@ -81,6 +82,17 @@ class Bench:
                 f"{self.task}: {name} ({number} of {len(self.contenders)}), rate {best:g}: {rows[name]['ends']}"
             )
         return rows
+
+    def _grid(self, name: str, seed: int) -> dict[float, dict[str, Any]]:
+        """Return the runs of one seed by rate, over the setting's rates and beyond until the best lies inside."""
+        grid = {rate: self.cell(name, rate, seed) for rate in self.setting.rates}
+        factor = self.setting.rates[1] / self.setting.rates[0]
+        while True:
+            best = min(grid, key=lambda rate: grid[rate]["end"])
+            if best not in (min(grid), max(grid)):
+                return grid
+            beyond = float(f"{best / factor if best == min(grid) else best * factor:.6g}")
+            grid[beyond] = self.cell(name, beyond, seed)
 
     def cell(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Return one finished run, made now if it was not before."""
@@ -212,7 +224,7 @@ def ranks(model: Any) -> dict[str, float]:
 
 
 def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
-    """Return per contender: its best rate, mean end loss with its interval, and steps to reach the plain one's end.
+    """Return per contender: its best rate, mean end loss, how far it ends below the plain one, and steps to its end.
 
     The target is the plain contender's end loss with the same seed; a run that never reaches it counts as more than all
     steps, and then no mean of steps is given.
@@ -229,6 +241,7 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
             "trained": row["cells"][0]["trained"],
             **({"ranks": [cell["ranks"] for cell in row["cells"]]} if "ranks" in row["cells"][0] else {}),
             "loss": interval(row["ends"]),
+            "below_plain": interval([a - b for a, b in zip(rows[plain]["ends"], row["ends"], strict=True)]),
             "steps": [None if r is None else round(r, 1) for r in reached],
             "steps_mean": interval(known) if len(known) == len(reached) else None,
         }

@@ -63,12 +63,13 @@ def _optimizer(name: str, row: Row) -> Row:
 
 
 def _learned(name: str, row: Row) -> Row:
-    loss, steps = row["loss"], row["steps_mean"]
+    loss, below, steps = row["loss"], row["below_plain"], row["steps_mean"]
     return {
         "contender": name,
         "best rate": f"{row['rate']:g}",
         "trained": f"{row['trained']:,}",
         "loss": f"{loss['mean']} ({loss['low']} to {loss['high']})",
+        "below the first's": f"{below['mean']} ({below['low']} to {below['high']})",
         "steps to the first's": f"{steps['mean']} ({steps['low']} to {steps['high']})" if steps else str(row["steps"]),
     }
 
