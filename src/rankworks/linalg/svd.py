@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankworks.linalg.gram import leading_triplets
+from rankworks.linalg.thin import thin
 
 SVD = tuple[Tensor, Tensor, Tensor]
 
@@ -56,11 +57,13 @@ def randomised_svd(
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
-    basis = torch.linalg.qr(exact @ probe).Q  # (m, width)
+    basis = torch.linalg.qr(thin(exact, probe.mT)).Q  # (m, width)
     for _ in range(iterations):
-        basis = torch.linalg.qr((basis.mT @ exact).mT).Q  # (n, width); this way round it reads the matrix in its order
-        basis = torch.linalg.qr(exact @ basis).Q  # (m, width)
-    right, left = torch.linalg.qr((basis.mT @ exact).mT)  # (n, width), (width, width): a small SVD in place of a wide
+        basis = torch.linalg.qr(thin(basis.mT, exact.mT).mT).Q  # (n, width)
+        basis = torch.linalg.qr(thin(exact, basis.mT)).Q  # (m, width)
+    right, left = torch.linalg.qr(
+        thin(basis.mT, exact.mT).mT
+    )  # (n, width), (width, width): a small SVD in place of a wide
     small_u, s, small_vh = torch.linalg.svd(left.mT)
     u, vh = fix_signs((basis @ small_u)[:, :rank], (small_vh @ right.mT)[:rank])
     return u, s[:rank], vh

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rankworks.core.kernels.mode import compute_dtype, no_autocast
 from rankworks.core.kernels.recall import maker, recall
-from rankworks.core.kernels.thin import thin
+from rankworks.linalg.thin import thin
 
 Project = Callable[[Tensor], Tensor]
 Added = Callable[[Tensor, Tensor], Tensor]

@@ -31,7 +31,7 @@ from torch import Tensor
 from rankworks.core.kernels.drop import draw, kept, zero_
 from rankworks.core.kernels.mode import compute_dtype, no_autocast, sees_through, wants_gradient
 from rankworks.core.kernels.recall import maker, recall
-from rankworks.core.kernels.thin import thin
+from rankworks.linalg.thin import thin
 
 
 class Reading(NamedTuple):

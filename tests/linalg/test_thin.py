@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankworks.core.kernels import lowrank_linear, thin
-from rankworks.core.kernels.thin import LEAST_NUMBERS
+from rankworks.core.kernels import lowrank_linear
+from rankworks.linalg import randomised_svd, thin
+from rankworks.linalg.thin import LEAST_NUMBERS
 
 T, IN, R = 1100, 500, 6
 assert T * IN >= LEAST_NUMBERS
@@ -61,6 +62,7 @@ def test_otherwise_it_is_the_plain_product(why, calls, monkeypatch):
         a, b = a.double(), b.double()
     if why == "fails":
         monkeypatch.setattr(thin, "_serves", lambda: False)
+    b.requires_grad_(why == "gradient")
     with torch.set_grad_enabled(why == "gradient"):
         if why == "counted":
             with FlopCounterMode(display=False) as counter:
@@ -100,3 +102,14 @@ def test_gradients_of_a_layer_large_enough(calls):
     assert len(calls) == 4
     for f, w in zip(found, wanted, strict=True):
         assert (f.double() - w).norm() / w.norm() < 1e-6
+
+
+@serves
+def test_a_randomised_svd_takes_this_way(calls):
+    """Ten products with the weight in four iterations; the factors are those of float64."""
+    left, right = torch.linalg.qr(normal(T, R)).Q, torch.linalg.qr(normal(R, IN).mT).Q
+    matrix = left @ torch.diag(torch.arange(R, 0, -1.0)) @ right.mT
+    found = randomised_svd(matrix, R)
+    assert len(calls) == 10
+    for part, exact in zip(found, randomised_svd(matrix.double(), R), strict=True):
+        assert (part.double() - exact).norm() / exact.norm() < 1e-5

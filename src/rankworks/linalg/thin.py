@@ -1,12 +1,14 @@
-"""Thin products, z = a b^T with a rank for one side of z: a low-rank pass is four of them per layer and step.
+"""Thin products, z = a b^T of a large matrix with a few rows: the work of a low-rank pass and of a randomised SVD.
 
-a (m, k), b (n, k) -> z (m, n), with m or n a rank. Reading the input, x A^T, and dL/dh = g B make few columns of many
-rows; dL/dA = e^T x and dL/dB = h^T g make few rows out of a long sum over the tokens. On CPUs torch gives float32
-products to a library made for large ones, which packs the large operand anew before it multiplies: for these that
-costs more than multiplying. oneDNN, which torch brings for its 16-bit products and its compiler, reads the operand
-where it lies. It makes a kernel for each shape it has not met (0.4 ms), so small products stay with `mm`.
+    a (m, k), b (n, k) -> z (m, n),  m or n a rank
 
-Both sum in float32; they differ in the order of the sums, as `mm` itself does from one processor to another.
+A low-rank layer makes four per step: x A^T and dL/dh = g B have few columns and many rows; dL/dA = e^T x and
+dL/dB = h^T g have few rows out of long sums over the tokens. Subspace iteration multiplies a weight so from both sides.
+On CPUs torch gives float32 products to a library made for large ones, which packs the large operand anew before it
+multiplies: for these that costs more than multiplying. oneDNN, which torch brings for its 16-bit products and its
+compiler, reads the operand where it lies. It makes a kernel for each shape it has not met (0.4 ms), so small products
+stay with `mm`. Both sum in float32; they differ in the order of the sums, as `mm` itself does from one processor to
+another.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ LEAST_NUMBERS = 2**19
 
 def thin(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T (m, n) of a (m, k) and b (n, k), either of which may be the transposed view of another."""
-    if max(a.numel(), b.numel()) >= LEAST_NUMBERS and _plain(a) and _plain(b) and _unwatched() and _serves():
+    if max(a.numel(), b.numel()) >= LEAST_NUMBERS and _plain(a) and _plain(b) and _unwatched(a, b) and _serves():
         return _onednn(a if a.shape[0] > b.shape[0] else a.contiguous(), b)
     return a @ b.t()
 
@@ -37,10 +39,10 @@ def _plain(t: Tensor) -> bool:
     )
 
 
-def _unwatched() -> bool:
+def _unwatched(a: Tensor, b: Tensor) -> bool:
     """Whether nobody asks for ordinary operations: autograd, a counter of operations, who switched oneDNN off."""
-    watched = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
-    return not watched and torch.backends.mkldnn.enabled  # type: ignore[return-value]
+    recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return not recorded and not torch._C._len_torch_dispatch_stack() and torch.backends.mkldnn.enabled  # type: ignore[return-value]
 
 
 @cache
