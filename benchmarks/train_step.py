@@ -69,10 +69,11 @@ def measure(options: argparse.Namespace) -> None:
     }
     base, tokenizer = variants.load()
     tokens, examples, pad = variants.data(tokenizer, base, options.batch, options.length)
+    as_it_is = task(options, base, examples, pad, [n for n in variants.TASK if n in chosen])  # before the heap is kept
     with heap.kept_heap() as kept:
         result["setting"]["full_logits_heap"] = "kept" if kept else "as the system has it"
         result["full_logits"] = full(options, base, tokens, [n for n in variants.FULL if n in chosen])
-    result["task"] = task(options, base, examples, pad, [n for n in variants.TASK if n in chosen])
+    result["task"] = as_it_is
     if options.memory:
         for part in ("full_logits", "task"):
             memory(options, result[part])

@@ -1,6 +1,6 @@
 """Write what follows from the registry and from results: pages of methods, tables and the README's picture.
 
-    python docs/generate.py           write docs/methods/, the tables of README.md and auto-rate.md, and the picture
+    python docs/generate.py           write docs/methods/, the tables of README.md and of docs/, and the picture
     python docs/generate.py --check   exit 1 where a table is not what the registry or the results say, or the picture
 
 mkdocs calls `on_pre_build`, so the site is never behind the code.
@@ -9,30 +9,19 @@ mkdocs calls `on_pre_build`, so the site is never behind the code.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from measured import with_tables  # noqa: E402 - it lies beside this file, which mkdocs runs as a hook
+
 FEW = {"compare-minilm-bbc-8": "8 articles of each topic", "compare-minilm-bbc-64": "64 articles of each topic"}
 """The comparisons of the README's picture and what its panels are called."""
 PICTURE = ROOT / "results" / "minilm-bbc.svg"
 METHODS = "<!-- methods: made by docs/generate.py -->", "<!-- end of methods -->"
-RATES = "<!-- rates: made by docs/generate.py -->", "<!-- end of rates -->"
-"""Where tables begin and end."""
-MEASURED = ROOT / "benchmarks" / "results" / "auto_rate.json"
-TASKS = {
-    "minilm": "MiniLM, BBC News",
-    "minilm-long": "MiniLM, BBC News",
-    "tiny": "llama of 0.5 M, arithmetic",
-    "tiny-long": "llama of 0.5 M, arithmetic",
-    "tiny-new": "llama of 0.5 M from random weights, source code",
-    "smol-arithmetic": "SmolLM2, arithmetic",
-    "smol-bbc": "SmolLM2, BBC News as text",
-    "smol-stdlib": "SmolLM2, source code",
-}
-"""Tasks of the automatic rate's pairs in words."""
+"""Where the table of methods begins and ends."""
 
 
 def link(paper: str) -> str:
@@ -124,40 +113,6 @@ def readme_with_table(text: str) -> str:
     return between(text, METHODS, table())
 
 
-def rates_with_tables(text: str) -> str:
-    """Return the page on automatic rates with the figures of its benchmark: both sides in short, then every pair."""
-    measured = json.loads(MEASURED.read_text())
-    sides = {"calibrate": "calibration", "held-out": "held out"}
-    lines = [
-        "| | pairs | within 5 % of the best | median | worst | cost of all together | median cost | mean cost |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for side, called in sides.items():
-        s = measured["summary"][side]["auto"]
-        lines.append(
-            f"| {called} | {s['pairs']} | {s['near']} | {share(s['median'])} | {share(s['worst'])} | "
-            f"{share(s['cost_together'])} | {share(s['cost_median'])} | {share(s['cost_mean'])} |"
-        )
-    lines += [
-        "",
-        "| | task | method | measured | best of the sweep | share of its improvement | cost |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    for p in measured["pairs"]:
-        setting = measured["settings"][p["task"]]
-        task = f"{TASKS[p['task']]}, {setting['steps']} steps of {setting['batch']}"
-        lines.append(
-            f"| {sides[p['side']]} | {task} | `{p['method']}` | {p['lr']:g} | {p['best']:g} | "
-            f"{share(p['share'])} | {share(p['cost'])} |"
-        )
-    return between(text, RATES, "\n".join(["", *lines, ""]))
-
-
-def share(value: float) -> str:
-    """Return a share as people read it."""
-    return f"{100 * value:.1f} %"
-
-
 def few_shot_picture() -> str:
     """Return the README's picture: the methods on few articles and on more, side by side."""
     from rankworks.compare import CompareResult
@@ -174,12 +129,9 @@ def on_pre_build(config: Any) -> None:
 
 def main() -> int:
     """Write everything, or with --check compare what is committed."""
-    readme, rates = ROOT / "README.md", ROOT / "docs" / "auto-rate.md"
-    made = {
-        readme: readme_with_table(readme.read_text()),
-        rates: rates_with_tables(rates.read_text()),
-        PICTURE: few_shot_picture(),
-    }
+    readme = ROOT / "README.md"
+    made = {readme: readme_with_table(readme.read_text()), PICTURE: few_shot_picture()}
+    made |= {page: with_tables(page.read_text()) for page in sorted((ROOT / "docs").glob("*.md"))}
     if "--check" in sys.argv:
         behind = [str(path.relative_to(ROOT)) for path, text in made.items() if path.read_text() != text]
         if behind:

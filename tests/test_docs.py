@@ -43,10 +43,16 @@ def test_the_readme_s_picture_is_what_the_results_say() -> None:
     assert generate.few_shot_picture() == generate.PICTURE.read_text(), "run `python docs/generate.py`"
 
 
-def test_the_figures_of_the_automatic_rate_are_those_of_its_benchmark() -> None:
-    generate = load(ROOT / "docs" / "generate.py")
-    text = (ROOT / "docs" / "auto-rate.md").read_text()
-    assert generate.rates_with_tables(text) == text, "run `python docs/generate.py`"
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_figures_of_a_page_are_those_that_were_measured(page: Path) -> None:
+    text = page.read_text()
+    assert load(ROOT / "docs" / "measured.py").with_tables(text) == text, "run `python docs/generate.py`"
+
+
+def test_every_table_of_results_stands_somewhere() -> None:
+    tables = load(ROOT / "docs" / "measured.py").TABLES
+    asked = re.findall(r"<!-- table: (\S+),", "".join(page.read_text() for page in (ROOT / "docs").glob("*.md")))
+    assert sorted(asked) == sorted(tables)
 
 
 def test_a_page_is_made_for_every_method(tmp_path):

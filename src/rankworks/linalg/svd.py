@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankworks.linalg.gram import leading_triplets
-from rankworks.linalg.thin import thin
+from rankworks.linalg.thin import LEAST_OF_A_WEIGHT, thin
 
 SVD = tuple[Tensor, Tensor, Tensor]
 
@@ -57,13 +57,18 @@ def randomised_svd(
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
-    basis = torch.linalg.qr(thin(exact, probe.mT)).Q  # (m, width)
+
+    def onto_left(right: Tensor) -> Tensor:
+        return thin(exact, right.mT, LEAST_OF_A_WEIGHT)  # (m, width)
+
+    def onto_right(left: Tensor) -> Tensor:
+        return thin(left.mT, exact.mT, LEAST_OF_A_WEIGHT).mT  # (n, width); this way round it reads the matrix in order
+
+    basis = torch.linalg.qr(onto_left(probe)).Q
     for _ in range(iterations):
-        basis = torch.linalg.qr(thin(basis.mT, exact.mT).mT).Q  # (n, width)
-        basis = torch.linalg.qr(thin(exact, basis.mT)).Q  # (m, width)
-    right, left = torch.linalg.qr(
-        thin(basis.mT, exact.mT).mT
-    )  # (n, width), (width, width): a small SVD in place of a wide
+        basis = torch.linalg.qr(onto_right(basis)).Q
+        basis = torch.linalg.qr(onto_left(basis)).Q
+    right, left = torch.linalg.qr(onto_right(basis))  # (n, width), (width, width): a small SVD in place of a wide
     small_u, s, small_vh = torch.linalg.svd(left.mT)
     u, vh = fix_signs((basis @ small_u)[:, :rank], (small_vh @ right.mT)[:rank])
     return u, s[:rank], vh

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 LEAST_NUMBERS = 2**19
-"""Numbers in the large operand from which the kernel's making pays within one step of a model of a few layers."""
+"""Numbers in the large operand from which the kernel's making pays within one step of a model of a few layers, where
+batches seldom have as many tokens as one before."""
+LEAST_OF_A_WEIGHT = 2**18
+"""The same where the large operand is a weight: a model has many of one shape."""
 
 
-def thin(a: Tensor, b: Tensor) -> Tensor:
+def thin(a: Tensor, b: Tensor, least: int = LEAST_NUMBERS) -> Tensor:
     """Return a b^T (m, n) of a (m, k) and b (n, k), either of which may be the transposed view of another."""
-    if max(a.numel(), b.numel()) >= LEAST_NUMBERS and _plain(a) and _plain(b) and _unwatched(a, b) and _serves():
+    if max(a.numel(), b.numel()) >= least and _plain(a) and _plain(b) and _unwatched(a, b) and _serves():
         return _onednn(a if a.shape[0] > b.shape[0] else a.contiguous(), b)
     return a @ b.t()
 
