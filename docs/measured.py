@@ -170,7 +170,7 @@ def learning(name: str, task: str) -> Callable[[], str]:
             mean = sum(r["mean"] for r in row["ranks"]) / len(row["ranks"]) if ranks else None
             cells = [f"`{contender}`", f"{row['rate']:g}", f"{row['trained']:,}", between(row["loss"])]
             lines.append([*cells, between(row["below_plain"]), reached, *([f"{mean:.1f}"] if ranks else [])])
-            return markdown(head + (" |> mean rank at the end" if ranks else ""), lines) + where(result)
+        return markdown(head + (" |> mean rank at the end" if ranks else ""), lines) + where(result)
 
     return made
 
