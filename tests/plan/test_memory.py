@@ -171,6 +171,26 @@ def test_operations_are_counted() -> None:
     assert told.step_flops == base + down + up + (down + 2 * up)  # no input gradient: none is asked for
 
 
+@pytest.mark.parametrize(("line_search", "evaluations"), [(0, 8), (4, 13)])
+def test_a_step_of_evaluations_has_no_gradients(line_search: int, evaluations: int) -> None:
+    layer = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False))
+    how: dict[str, Any] = {"rank": 4, "targets": "0", "example": torch.empty(1, 64), "batch_size": 8}
+    optimizer = {"optimizer": "zo-ranksgd", "candidates": 8, "line_search": line_search}
+    told = rw.plan(layer, "lora", optimizer=optimizer, **how)
+    one = 2 * 8 * (64 * 32 + 32 * 64 + 64 * 4 + 4 * 32)
+    assert told.step_flops == evaluations * one
+    assert told.gradient_bytes == 0
+    factors, weights = 4 * 4 * (64 + 32), 4 * 2 * 64 * 32
+    assert told.optimizer_bytes == (factors if line_search else 0)
+    outside = told.peak_bytes - told.optimizer_bytes - weights - told.activation_bytes
+    assert outside == 2 * factors, "the factors, and the copy they are put back from"
+    assert f"{evaluations} evaluations" in told.notes[0]
+    assert told.activation_bytes < rw.plan(layer, "lora", **how).activation_bytes
+    whole = rw.plan(layer, "none", optimizer=optimizer, example=how["example"], batch_size=8)
+    assert (whole.gradient_bytes, whole.step_flops) == (0, evaluations * 2 * 8 * (64 * 32 + 32 * 64))
+    assert all(p.requires_grad for p in layer.parameters())
+
+
 def test_a_model_that_does_not_say_what_it_takes() -> None:
     told = rw.plan(tiny_convnet(), "lora", rank=1, targets="stem", fits="1GB")
     assert told.activation_bytes == 0

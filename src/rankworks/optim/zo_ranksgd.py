@@ -82,6 +82,10 @@ class ZORankSGD(OptimizerMethod):
         names = ("candidates", "ranked", "radius", "line_search", "weights", "seed", "weight_decay")
         return RankSGD(groups, lr=lr, **{name: getattr(self, name) for name in names})
 
+    def evaluations(self) -> int:
+        """The candidates, and with a line search its points; the best candidate is known."""
+        return self.candidates + (self.line_search + 1 if self.line_search else 0)
+
     def state_bytes(self, parameter: Tensor, group: Group) -> int:
         """One number a parameter with a line search, none without."""
         return parameter.numel() * parameter.element_size() if self.line_search else 0

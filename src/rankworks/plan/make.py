@@ -25,7 +25,7 @@ from rankworks.plan.result import NONE, Fit, Plan
 from rankworks.plan.source import PACKED, Source, open_source
 from rankworks.plan.states import Optimizer, held_bytes, optimizer_bytes, read_optimizer, resting
 from rankworks.plan.trace import Trace
-from rankworks.plan.units import parse_bytes
+from rankworks.plan.units import format_bytes, parse_bytes
 
 ModelLike = str | Path | PretrainedConfig | nn.Module
 MOST_ROWS = 1 << 16
@@ -57,6 +57,7 @@ class Step:
         if layerwise and not method.layerwise:
             raise ConfigError(f"{spec.key} steps on several gradients together: leave layerwise off.")
         self.optimizer, self.layerwise = spec.key, layerwise
+        self.evaluations: int = method(spec).evaluations()
         self.batch_size, self.sequence = batch_size, sequence
         self.checkpointing, self.loss, self.fused, self.example = checkpointing, loss, attention == "fused", example
 
@@ -166,10 +167,17 @@ def _measure(source: Source, change: Change, step: Step, memory: int | None) -> 
     states, asleep = optimizer_bytes(step.states, model), resting(step.states, model)
     weights, unpacked = held_bytes(step.states, model, source.weight_bytes) if whole else (source.weight_bytes, 0)
     fixed = weights + source.unpacked_bytes + unpacked + change.held + states
-    awake = [p for p in trained if id(p) not in asleep]
-    gradients = max((p.nbytes for p in awake), default=0) if step.layerwise else _sum(awake)
     notes: list[str] = []
     trace = fit = None
+    if step.evaluations:  # at points around the weights, which are put back from a copy
+        copies = _sum(trained)
+        asleep, fixed = {id(p) for p in trained}, fixed + copies
+        notes.append(
+            f"no gradients: a step is {step.evaluations} evaluations of the loss, beside a copy of what is trained "
+            f"({format_bytes(copies)})"
+        )
+    awake = [p for p in trained if id(p) not in asleep]
+    gradients = max((p.nbytes for p in awake), default=0) if step.layerwise else _sum(awake)
     with _trainable((p for p in trained if id(p) in asleep), False):
         try:
             trace = _trace(model, step, step.batch_size)
@@ -203,7 +211,7 @@ def _measure(source: Source, change: Change, step: Step, memory: int | None) -> 
         optimizer_bytes=states,
         activation_bytes=trace.activations if trace else 0,
         peak_bytes=fixed + _moving(trace, gradients, step),
-        step_flops=trace.flops if trace else 0,
+        step_flops=trace.flops * max(1, step.evaluations) if trace else 0,
         fit=fit,
         notes=notes,
     )

@@ -37,7 +37,7 @@ class Plan:
     numbers, as many as are there at one time; optimizer_bytes: what the optimizer keeps of them. activation_bytes: the
     highest point of a step beyond all these, 0 where `notes` says that it could not be traced. peak_bytes: the highest
     point of a whole step; a little below the sum, since gradients come as activations go. step_flops: operations of one
-    forward and backward pass.
+    forward and backward pass, or of all evaluations of the loss where a step consists of those.
     """
 
     model: str

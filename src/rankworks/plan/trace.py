@@ -157,6 +157,8 @@ def trace_step(
 ) -> Trace:
     """Run a forward and a backward pass of `model`, on the meta device, and return what it takes.
 
+    Where no parameter is trained there is the forward pass alone, as for a measurement of the loss.
+
     inputs: keyword arguments or the one positional tensor; loss: "chunked" or "full" logits of a language model;
     checkpointing: recompute each layer's activations in the backward pass; fused: attention by a fused kernel;
     layerwise: each gradient is freed as soon as it is complete.
@@ -170,9 +172,11 @@ def trace_step(
     _set_checkpointing(model, checkpointing, (lambda: FusedAttention(watch)) if fused else contextlib.nullcontext)
     try:
         with FusedAttention(watch) if fused else contextlib.nullcontext(), watch:
-            value = _loss(model, inputs, loss)
+            with torch.set_grad_enabled(bool(trained)):
+                value = _loss(model, inputs, loss)
             saved = watch.live
-            value.backward()
+            if trained:
+                value.backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,6 +77,10 @@ class OptimizerMethod(HasSettings):
         """Whether a plan counts no gradient of a parameter: of those that take turns, as many as rest at one time."""
         return False
 
+    def evaluations(self) -> int:
+        """Return how often a step evaluates the loss in place of a forward and a backward pass; 0: it has those."""
+        return 0
+
     def weight_bytes(self, parameter: Tensor, group: Group) -> int:
         """Return the bytes in which a parameter of a group is held while it is trained; most methods leave it alone."""
         return parameter.numel() * parameter.element_size()
