@@ -119,9 +119,8 @@ def step() -> str:
         if name in rows:
             ours, peft = rows[name], rows[f"peft-{name}"]
             made.append([words, ratio(ours, "floor"), ratio(peft, "floor"), ratio(ours, "peft")])
-    return markdown(
-        "|> rankworks over the frozen model |> peft over the frozen model |> rankworks over peft", made
-    ) + where(result)
+    head = "|> rankworks over the frozen model |> peft over the frozen model |> rankworks over peft"
+    return markdown(head, made) + where(result)
 
 
 def task() -> str:
@@ -129,19 +128,13 @@ def task() -> str:
     result = read("train_step")
     rows = result["task"]
     names = {"peft-task": "peft, padded, all logits", **{n: f"rankworks, {w}" for n, w in STEPS.items() if n in rows}}
-    made = [
-        [
-            words,
-            rows[n]["tokens_per_second"],
-            ratio(rows[n], "peft"),
-            gigabytes(rows[n]),
-            f"{rows[n].get('peak_over_peft', 1):.2f}",
-        ]
-        for n, words in names.items()
-    ]
-    return markdown("|> useful tokens/s |> time per token over peft's |> peak memory |> over peft's", made) + where(
-        result
-    )
+    made = []
+    for name, words in names.items():
+        row = rows[name]
+        memory = gigabytes(row), f"{row['peak_over_peft']:.2f}"
+        made.append([words, row["tokens_per_second"], ratio(row, "peft"), *memory])
+    head = "|> useful tokens/s |> time per token over peft's |> peak memory |> over peft's"
+    return markdown(head, made) + where(result)
 
 
 def starts() -> str:
