@@ -6,6 +6,7 @@ other exception is a bug of ours and shows its traceback.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ class Commands(TyperGroup):
         """Run a command; what the user caused is told in a paragraph."""
         warnings.simplefilter("ignore", FutureWarning)  # libraries' words to programmers, not to those who run this
         warnings.simplefilter("ignore", DeprecationWarning)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels not used here
         try:
             return super().invoke(ctx)
         except RankworksError as error:

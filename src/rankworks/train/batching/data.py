@@ -17,6 +17,9 @@ from rankworks.train.losses.loss import IGNORE
 
 Message = dict[str, str]
 
+QUIET = {"verbose": False}
+"""A text longer than the model's context is cut here; the tokenizer need not warn of it."""
+
 
 class Encoder:
     """Turns text into tokens with one tokenizer.
@@ -49,7 +52,7 @@ class Encoder:
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text as it stands: no special tokens added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, **QUIET)["input_ids"]
 
     def render(self, messages: Sequence[Message], answer_next: bool = False) -> str:
         """Return the text of a conversation; answer_next: end where the assistant's next turn begins."""
@@ -158,7 +161,7 @@ class Encoder:
     def _token_ends(self, text: str) -> list[int]:
         """Return where each token of a text ends, in characters."""
         if self.tokenizer.is_fast:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **QUIET)
             return [end for _, end in encoded["offset_mapping"]]
         return [i for i, c in enumerate(text) if c.isspace()] + [len(text)]
 
