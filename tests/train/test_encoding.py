@@ -50,7 +50,7 @@ def test_a_tokenizer_that_merges_across_the_border_still_keeps_the_prompt():
     class Merging:
         eos_token_id, all_special_ids, chat_template, bos_token, eos_token = 9, [9], None, "", "#"
 
-        def __call__(self, text, add_special_tokens=True):
+        def __call__(self, text, add_special_tokens=True, verbose=True):
             table = {"ab": [7], "a": [1], "b": [2], "#": [9], " b#": [2, 9], "a b#": [8, 9]}
             return {"input_ids": table[text]}
 
