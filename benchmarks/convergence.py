@@ -77,7 +77,7 @@ class Bench:
             grid = self._grid(name, first)
             best = min(grid, key=lambda rate: grid[rate]["end"])
             cells = [grid[best], *(self.cell(name, best, seed) for seed in others)]
-            rows[name] = {"rate": best, "ends": [c["end"] for c in cells], "cells": cells}
+            rows[name] = {"rate": best, "ends": [c["end"] for c in cells], "cells": cells, "grid": grid}
             common.note(
                 f"{self.task}: {name} ({number} of {len(self.contenders)}), rate {best:g}: {rows[name]['ends']}"
             )
@@ -227,14 +227,11 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
     """Return per contender: its best rate, mean end loss, how far it ends below the plain one, and steps to its end.
 
     The target is the plain contender's end loss with the same seed; a run that never reaches it counts as more than all
-    steps, and then no mean of steps is given.
+    steps, and then no mean of steps is given. `at_rate` says the same of runs at one rate for both, by the first seed.
     """
     table = {}
     for name, row in rows.items():
-        reached = [
-            steps_to(cell["valid"], cell["start"], other["end"])
-            for cell, other in zip(row["cells"], rows[plain]["cells"], strict=True)
-        ]
+        reached = [_steps_between(c, other) for c, other in zip(row["cells"], rows[plain]["cells"], strict=True)]
         known = [r for r in reached if r is not None]
         table[name] = {
             "rate": row["rate"],
@@ -242,10 +239,21 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
             **({"ranks": [cell["ranks"] for cell in row["cells"]]} if "ranks" in row["cells"][0] else {}),
             "loss": interval(row["ends"]),
             "below_plain": interval([a - b for a, b in zip(rows[plain]["ends"], row["ends"], strict=True)]),
-            "steps": [None if r is None else round(r, 1) for r in reached],
+            "steps": reached,
             "steps_mean": interval(known) if len(known) == len(reached) else None,
+            "at_rate": {
+                f"{rate:g}": {"loss": round(cell["end"], 4), "steps": _steps_between(cell, rows[plain]["grid"][rate])}
+                for rate, cell in sorted(row["grid"].items())
+                if rate in rows[plain]["grid"]
+            },
         }
     return table
+
+
+def _steps_between(cell: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """Return the steps a run takes to the end loss of another."""
+    reached = steps_to(cell["valid"], cell["start"], other["end"])
+    return None if reached is None else round(reached, 1)
 
 
 def interval(numbers: Sequence[float]) -> dict[str, float]:

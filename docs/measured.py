@@ -82,7 +82,8 @@ def where(result: dict[str, Any]) -> str:
     """Say on what a result was measured, and when."""
     e = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if name != "rankworks")
-    return f"\n\n{e['date']}, {e['cpu']}, {e['threads']} threads; {versions}."
+    threads = "one thread" if e["threads"] == 1 else f"{e['threads']} threads"
+    return f"\n\n{e['date']}, {e['cpu']}, {threads}; {versions}."
 
 
 def rates_in_short() -> str:
@@ -168,6 +169,27 @@ def learning(name: str, task: str) -> Callable[[], str]:
     return made
 
 
+def at_one_rate(name: str) -> Callable[[], str]:
+    """Return the table of a benchmark of learning where all contenders run at one rate, on both tasks."""
+
+    def made() -> str:
+        result = read(name)
+        rates = [f"{rate:g}" for rate in result["setting"]["rates"]]
+        tasks = list(result["setting"]["tasks"])
+        lines = []
+        for contender in result[tasks[0]]:
+            cells = [result[task][contender]["at_rate"][rate] for task in tasks for rate in rates]
+            lines.append([f"`{contender}`", *(f"{c['loss']:.3f}, {after(c['steps'])}" for c in cells)])
+        return markdown("".join(f"|> {task}, {rate} " for task in tasks for rate in rates), lines) + where(result)
+
+    return made
+
+
+def after(steps: float | None) -> str:
+    """Say when a loss was reached."""
+    return "never" if steps is None else f"{steps:.1f}"
+
+
 def not_all(steps: list[float | None]) -> str:
     """Say how many seeds reached the plain contender's loss at all."""
     known = sum(s is not None for s in steps)
@@ -180,4 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "task": task,
     "starts": starts,
+    "starts-on-bbc": learning("inits_convergence", "bbc"),
+    "starts-on-stdlib": learning("inits_convergence", "stdlib"),
+    "starts-at-one-rate": at_one_rate("inits_convergence"),
 }
