@@ -9,6 +9,7 @@ mkdocs calls `on_pre_build`, so the site is never behind the code.
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,20 @@ def few_shot_picture() -> str:
     return picture(results, list(FEW.values()))
 
 
+def bring_results(folder: Path) -> None:
+    """Copy what the pages link to of results and benchmarks, reports included, to where they look for it."""
+    wanted = [*(ROOT / "results").glob("*.*"), *(ROOT / "results").glob("*/re*.*"), ROOT / "benchmarks" / "README.md"]
+    for path in wanted:
+        if path.suffix in (".md", ".svg", ".html"):
+            there = folder / path.relative_to(ROOT)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, there)
+
+
 def on_pre_build(config: Any) -> None:
     """Hook of mkdocs: write the pages before the site is built."""
     write_pages(Path(config["docs_dir"]) / "methods")
+    bring_results(Path(config["docs_dir"]))
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ def calibrate(
             more of them.
         needs: names of statistics (`calibrate.STATISTICS`), such as "gradient" or "input_second_moment", or the
             `AdaptSpec` of an adapter: then what it needs is measured at its sites.
-        targets, exclude: which weights, as in `adapt`.
+        targets: which weights, as in `adapt`.
+        exclude: which of them not, as in `adapt`.
         loss: `loss(model, batch)`, a scalar; by default `model(**batch).loss`.
         masks: `masks(batch)`, which tokens count in statistics of inputs; by default those of a mapping's
             `attention_mask`, and its `labels` where a statistic asks for learned tokens only.
