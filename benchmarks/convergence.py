@@ -57,7 +57,7 @@ class Bench:
         contenders: Mapping[str, dict[str, Any]],
         finish: Mapping[str, Callable[[Any], object]] | None = None,
     ):
-        """`finish`: by contender, what is done to the trained model before it is measured at the end."""
+        """`finish`: by contender, a function of the trained model that runs before it is measured at the end."""
         self.task, self.setting, self.file, self.contenders = task, setting, file, contenders
         self.finish = finish or {}
         self.cells: dict[str, dict[str, Any]] = {}
@@ -96,7 +96,10 @@ class Bench:
 
     def cell(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Return one finished run, made now if it was not before."""
-        key = json.dumps([self.task, self.contenders[name], rate, seed, _plain(self.setting)], sort_keys=True)
+        what = [self.task, self.contenders[name], rate, seed, _plain(self.setting)]
+        if name in self.finish:
+            what.append(self.finish[name].__name__)
+        key = json.dumps(what, sort_keys=True)
         if key not in self.cells:
             cell = {"cell": key, "name": name, "rate": rate, "seed": seed, **self._train(name, rate, seed)}
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,16 +137,17 @@ class Bench:
                 with autocast(model, setting.precision):
                     return mean_loss(model, held_out, pad)
 
-            start = measure()["loss"]
+            start, left = measure()["loss"], dict[str, Any]()
             loop = Loop(model, examples, train, optim, evaluate=measure, pad=pad, progress=False)
             try:
                 loop.run()
+                left["ranks_trained"] = ranks(model)
                 if name in self.finish:
                     self.finish[name](model)
                 end = measure()["loss"]
             except TrainingError:  # it diverged
                 end = DIVERGED
-            left = {"trained": rw.trainable_parameters(model), "ranks": ranks(model)}
+            left |= {"trained": rw.trainable_parameters(model), "ranks": ranks(model)}
         finally:
             rw.detach(model)
         return {"start": start, "valid": [[v["step"], v["loss"]] for v in loop.history.valid], "end": end, **left}
@@ -236,7 +240,7 @@ def against(rows: Mapping[str, Any], plain: str) -> dict[str, Any]:
         table[name] = {
             "rate": row["rate"],
             "trained": row["cells"][0]["trained"],
-            **({"ranks": [cell["ranks"] for cell in row["cells"]]} if "ranks" in row["cells"][0] else {}),
+            **{what: [c[what] for c in row["cells"]] for what in ("ranks_trained", "ranks") if what in row["cells"][0]},
             "loss": interval(row["ends"]),
             "below_plain": interval([a - b for a, b in zip(rows[plain]["ends"], row["ends"], strict=True)]),
             "steps": reached,
