@@ -10,6 +10,7 @@ from rankworks import inits as _inits  # noqa: F401 - registers the initialisers
 from rankworks import ranks as _ranks  # noqa: F401 - registers the rank schedules
 from rankworks import select as _select  # noqa: F401 - registers the selections
 from rankworks.compress.squeeze import squeeze
+from rankworks.core import reproducible as _reproducible  # noqa: F401 - asks for equal bits before the first product
 from rankworks.core.adapt import activate, active, adapt, adapters, detach, disabled
 from rankworks.core.errors import RankworksError
 from rankworks.core.forms.sparse import interference, sparse_entries

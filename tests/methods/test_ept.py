@@ -55,9 +55,10 @@ def by_hand(base: Any, prompt: Tensor, shift: Tensor, ids: Tensor = IDS, **kwarg
 
 
 @pytest.mark.parametrize("build", [llama, lambda: tiny_gpt2().double(), lambda: tiny_gemma3().double()])
-def test_without_shift_fusion_and_spaces_it_is_prompt_tuning_bit_for_bit(build: Any) -> None:
+def test_without_shift_fusion_and_spaces_it_is_prompt_tuning(build: Any) -> None:
+    """To the rounding of float64: by hand the head is multiplied with more rows, which may take other code."""
     model, base = adapted(build, **PLAIN), build()
-    assert torch.equal(model(IDS).logits, by_hand(base, delta_of(model).P, torch.zeros(32, 32)))
+    close(model(IDS).logits, by_hand(base, delta_of(model).P, torch.zeros(32, 32)))
 
 
 def test_the_whole_method_starts_as_the_plain_prompt() -> None:

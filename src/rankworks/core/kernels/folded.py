@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankworks.core.kernels.mode import compute_dtype, no_autocast
+from rankworks.core.kernels.mode import compute_dtype, laid_out_like, no_autocast
 from rankworks.core.kernels.recall import maker, recall
 from rankworks.linalg.thin import thin
 
@@ -60,7 +60,7 @@ class _Folded(torch.autograd.Function):
         ctx.maker = maker(x)  # what autograd keeps the makings of is not kept again
         ctx.save_for_backward(None if ctx.maker is not None else x, weight, L)
         ctx.project, ctx.added = project, added
-        return F.linear(x, added(weight, L), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, laid_out_like(added(weight, L), weight), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -47,3 +47,14 @@ def _autocast_is_on(kind: str) -> bool:
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def laid_out_like(changed: Tensor, weight: Tensor) -> Tensor:
+    """Return a changed weight in the memory order of the frozen one, which GPT-2 stores as (in, out).
+
+    A library multiplies by either order with code of its own, and their last bits may differ; in the frozen layer's a
+    change of zero leaves the output as it is to the bit.
+    """
+    if changed.stride() == weight.stride():
+        return changed
+    return torch.empty_like(weight, dtype=changed.dtype).copy_(changed)

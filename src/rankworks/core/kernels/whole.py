@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankworks.core.kernels.mode import compute_dtype, no_autocast, sees_through, wants_gradient
+from rankworks.core.kernels.mode import compute_dtype, laid_out_like, no_autocast, sees_through, wants_gradient
 
 Build = Callable[[Tensor], Tensor]
 
@@ -42,7 +42,7 @@ def whole_linear(
             return _Whole.apply(cast, weight, bias, build if _narrow(cast) else changed, *trained)
     if _narrow(x) or _narrow(weight):
         return F.linear(x, weight, bias) + F.linear(x, build(weight).to(x.dtype))
-    return F.linear(x, changed(weight), bias)
+    return F.linear(x, laid_out_like(changed(weight), weight), bias)
 
 
 def _narrow(tensor: Tensor) -> bool:
@@ -70,7 +70,7 @@ class _Whole(torch.autograd.Function):
         shift = None if bias is None else bias.to(x.dtype)
         if _narrow(x):
             return F.linear(x, weight.to(x.dtype), shift) + F.linear(x, build(weight).to(x.dtype))
-        return F.linear(x, build(weight.to(x.dtype)), shift)
+        return F.linear(x, laid_out_like(build(weight.to(x.dtype)), weight), shift)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
