@@ -34,5 +34,6 @@ def random_basis(shape: tuple[int, ...], rank: int, side: Side, draw: Draw, dtyp
     for i, (size, projected) in enumerate(zip(shape, sides(shape, side), strict=True)):
         if projected:
             Q, R = torch.linalg.qr(draw.normal(size, rank).to(exact))
-            parts[i] = (Q * R.diagonal().sign()).to(dtype)
+            # In the memory order in which a checkpoint brings it back, since a product's last bits may follow it.
+            parts[i] = (Q * R.diagonal().sign()).to(dtype).contiguous()
     return Basis(*parts)
