@@ -22,10 +22,10 @@ def settle() -> None:
 def _vendor() -> str:
     """The processor's maker on Linux, "" elsewhere and where it is not told (as on ARM, where there is no MKL)."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        with Path("/proc/cpuinfo").open() as lines:  # the first processor's entry has it, among hundreds perhaps
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 settle()
