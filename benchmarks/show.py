@@ -45,8 +45,8 @@ def _init(name: str, row: Row) -> Row:
     return {
         "start": name,
         "seconds": row["seconds"],
-        "over peft": _ratio(row, "peft"),
-        "peak GB": _gigabytes(row),
+        "over peft": ratio(row, "peft"),
+        "peak GB": gigabytes(row),
         "of it before": round(row["before_start_bytes"] / 1e9, 2) if "before_start_bytes" in row else "",
     }
 
@@ -55,7 +55,7 @@ def _optimizer(name: str, row: Row) -> Row:
     return {
         "optimizer": name,
         "ms": round(1000 * row["seconds"], 2),
-        "over AdamW": _ratio(row, "adamw"),
+        "over AdamW": ratio(row, "adamw"),
         "mean, refreshed every 10": row["mean_over_adamw"] if "refresh_seconds" in row else "",
         "every 200": row.get("mean_over_adamw_at_200", ""),
         "state MB": round(row["state_bytes"] / 1e6, 2),
@@ -78,10 +78,10 @@ def _step(name: str, row: Row) -> Row:
     return {
         "variant": name,
         "seconds": row["seconds"],
-        "over floor": _ratio(row, "floor"),
-        "over peft": _ratio(row, "peft"),
+        "over floor": ratio(row, "floor"),
+        "over peft": ratio(row, "peft"),
         "tokens/s": row.get("tokens_per_second", ""),
-        "peak GB": _gigabytes(row),
+        "peak GB": gigabytes(row),
         "peak over peft": row.get("peak_over_peft", ""),
     }
 
@@ -90,9 +90,9 @@ def _delta(name: str, row: Row) -> Row:
     return {
         "method": name,
         "trained": f"{row['trained']:,}" if "trained" in row else "",
-        "step over floor": _ratio(row, "floor"),
-        "step over peft": _ratio(row, "peft"),
-        "peak GB": _gigabytes(row),
+        "step over floor": ratio(row, "floor"),
+        "step over peft": ratio(row, "peft"),
+        "peak GB": gigabytes(row),
         "bytes in the file per trained number": row.get("bytes_per_trained", ""),
         "merge ms": round(1000 * row["merge_seconds"], 1) if "merge_seconds" in row else "",
     }
@@ -103,7 +103,7 @@ def _plain(result: Row) -> list[Row]:
     return next(value for value in result.values() if isinstance(value, list) and value and isinstance(value[0], dict))
 
 
-def _ratio(row: Row, peer: str) -> str:
+def ratio(row: Row, peer: str) -> str:
     """The median ratio and its quartiles over the rounds."""
     if f"over_{peer}" not in row:
         return ""
@@ -111,7 +111,8 @@ def _ratio(row: Row, peer: str) -> str:
     return f"{row[f'over_{peer}']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _gigabytes(row: Row) -> str:
+def gigabytes(row: Row) -> str:
+    """The peak, where it was measured."""
     return f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else ""
 
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from show import RESULTS, gigabytes, ratio  # noqa: E402 - the benchmarks' own tables, in the terminal
+
 PLACE = re.compile(r"(<!-- table: (\S+), made by docs/generate.py -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 Rows = Iterable[Iterable[Any]]
 
@@ -60,22 +64,9 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def ratio(row: dict[str, Any], peer: str) -> str:
-    """Return the median ratio and its quartiles, where it was measured."""
-    if f"over_{peer}" not in row:
-        return ""
-    low, high = row[f"over_{peer}_quartiles"]
-    return f"{row[f'over_{peer}']:.2f} ({low:.2f} to {high:.2f})"
-
-
 def between(row: dict[str, float], digits: int = 3) -> str:
     """Return a mean with its interval."""
     return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
-
-
-def gigabytes(row: dict[str, Any]) -> str:
-    """Return a peak."""
-    return f"{row['peak_bytes'] / 1e9:.2f} GB"
 
 
 def where(result: dict[str, Any]) -> str:
@@ -132,7 +123,7 @@ def task() -> str:
     made = []
     for name, words in names.items():
         row = rows[name]
-        memory = gigabytes(row), f"{row['peak_over_peft']:.2f}"
+        memory = f"{gigabytes(row)} GB", f"{row['peak_over_peft']:.2f}"
         made.append([words, row["tokens_per_second"], ratio(row, "peft"), *memory])
     head = "|> useful tokens/s |> time per token over peft's |> peak memory |> over peft's"
     return markdown(head, made) + where(result)
@@ -145,8 +136,8 @@ def starts() -> str:
     made = []
     for name in sorted(n for n in rows if not n.startswith("peft-")):
         ours, peft = rows[name], rows.get(f"peft-{name}")
-        theirs = [f"{peft['seconds']:.2f} s", ratio(ours, "peft"), gigabytes(peft)] if peft else ["", "", ""]
-        made.append([f"`{name}`", f"{ours['seconds']:.2f} s", theirs[0], theirs[1], gigabytes(ours), theirs[2]])
+        theirs = [f"{peft['seconds']:.2f} s", ratio(ours, "peft"), f"{gigabytes(peft)} GB"] if peft else ["", "", ""]
+        made.append([f"`{name}`", f"{ours['seconds']:.2f} s", theirs[0], theirs[1], f"{gigabytes(ours)} GB", theirs[2]])
     return markdown("start |> rankworks |> peft |> over peft |> peak memory |> peft's", made) + where(result)
 
 
