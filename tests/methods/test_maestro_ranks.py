@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 import rankworks as rw
+from rankworks.core.errors import ConfigError
 from rankworks.core.forms.lowrank import Nested
 from rankworks.core.hooks import Moment, method_hooks
 from rankworks.core.store import adapter_state
 from rankworks.core.summary import trained
 from rankworks.ranks.maestro import OrderedDropout, Pairs, group_norms, importance
 from rankworks.train.hooks import HookCallback
-from tiny import tiny_convnet
+from rankworks.train.losses.objective import Objective
+from tiny import tiny_bert_classifier, tiny_convnet, tiny_llama
 
 OUT, IN = 6, 9
 
@@ -209,6 +211,76 @@ def test_a_linear_autoencoder_recovers_the_principal_components():
         close(delta.B[:, :b] @ delta.A[:b], q[:, :b] @ q[:, :b].t(), 1e-4)
 
 
+# ---- the full pass --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["words", "words at once", "classes"])
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj", "query"], ["up_proj", "lm_head", "query", "classifier"]])
+def test_the_full_pass_is_the_whole_models_loss_and_the_cut_ones_against_it(task: str, targets: list[str]):
+    """The definition, on all logits; in chunks of two tokens; and where the head is a layer that is cut."""
+    model = (tiny_bert_classifier() if task == "classes" else tiny_llama()).double()
+    targets = [t for t in targets if any(name.endswith(t) for name, _ in model.named_modules())]
+    rw.adapt(model, "maestro", targets=targets, ranks={"ranks": "maestro", "full_pass": True, "sampler": "all"})
+    for key in rw.delta_weights(model):
+        with torch.no_grad():
+            rw.get_delta(model, key).pair.B.add_(0.1 * torch.randn_like(rw.get_delta(model, key).pair.B))
+    (hook,) = method_hooks(model)
+    ids = torch.randint(100, (3, 7))
+    labels = torch.tensor([0, 2, 1]) if task == "classes" else torch.where(torch.rand(3, 7) < 0.6, ids, -100)
+    objective = Objective(model, chunk_bytes=4 * 100 * 2)
+    objective.whole_graph = task == "words at once"
+    hook.before_forward(moment(model))
+    assert any(pair.nested is not None for pair in hook.layers)
+
+    def logits() -> Tensor:
+        found = model(input_ids=ids).logits
+        return found if task == "classes" else found[:, :-1][labels[:, 1:] != -100]
+
+    right = labels if task == "classes" else labels[:, 1:][labels[:, 1:] != -100]
+    cut = logits()
+    with hook.teacher():
+        assert all(pair.nested is None for pair in hook.layers)
+        whole = logits()
+    assert not torch.allclose(cut, whole)
+    wanted = nn.functional.cross_entropy(whole, right, reduction="sum")
+    wanted = wanted - (whole.softmax(-1).detach() * cut.log_softmax(-1)).sum()
+    found = objective({"input_ids": ids}, labels, None, hook.teacher)
+    close(found[None], wanted[None], 1e-12)
+    for mine, theirs in zip(*(torch.autograd.grad(loss, trained(model)) for loss in (found, wanted)), strict=True):
+        close(mine, theirs, 1e-10)
+
+
+def test_a_model_that_is_not_cut_learns_nothing_from_itself():
+    model = rw.adapt(tiny_llama().double(), "maestro", targets=["q_proj"],
+                     ranks={"ranks": "maestro", "full_pass": True, "sampler": "none"})  # fmt: skip
+    (hook,) = method_hooks(model)
+    ids, objective = torch.randint(100, (2, 6)), Objective(model)
+    hook.before_forward(moment(model))
+    losses = objective({"input_ids": ids}, ids, None, hook.teacher), objective({"input_ids": ids}, ids)
+    for mine, theirs in zip(*(torch.autograd.grad(loss, trained(model)) for loss in losses), strict=True):
+        close(mine, theirs, 1e-12)
+
+
+def test_with_the_full_pass_it_learns_and_goes_on_bit_for_bit(tmp_path: Path):
+    def make(folder: Path, **more: Any) -> Any:
+        ranks = {"ranks": "maestro", "full_pass": True}
+        return tiny_run(folder, delta="maestro", ranks=ranks, steps=18, optim={"lr": 3e-3}, **more)
+
+    resumes_exactly(tmp_path, make, stops=(5,))
+    assert falls(make(tmp_path / "again").run().losses)
+
+
+def test_where_there_can_be_no_teacher_it_says_so(tmp_path: Path):
+    ranks = {"ranks": "maestro", "full_pass": True}
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing=false"):
+        tiny_run(delta="maestro", ranks=ranks, train={"gradient_checkpointing": True})
+    loop = tiny_run(delta="maestro", ranks=ranks)
+    with pytest.raises(ConfigError, match="own loop"):
+        HookCallback().on_train_begin(None, TrainerState(), None, model=loop.model, optimizer=loop.optimizer)
+    with pytest.raises(ConfigError, match="two adapters"):
+        tiny_run(delta="maestro", ranks=ranks, hooks=(loop.hooks[0],))
+
+
 # ---- shrinking -----------------------------------------------------------------------------------------------------
 
 
@@ -303,8 +375,9 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path):
-    one, two = (trained_by(n, "maestro", tmp_path, "maestro") for n in (1, 2))
+@pytest.mark.parametrize("schedule", ["maestro", '{"ranks": "maestro", "full_pass": true}'], ids=["labels", "teacher"])
+def test_two_processes_equal_one(schedule: str, tmp_path: Path):
+    one, two = (trained_by(n, schedule, tmp_path, "maestro") for n in (1, 2))
     assert set(one) == set(two)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)

@@ -7,10 +7,13 @@ loop calls it, and `train.HookCallback` carries it into the HF Trainer and TRL's
     penalty          once per optimizer step: a term of the weights that is added to the loss, before clipping
     after_backward   once per optimizer step, when the gradients are complete and clipped, before the optimizer acts
     after_step       once per optimizer step, after the optimizer acted, gradients still there
+
+and, in the own loop alone, `teacher`: what the model learns from in place of the labels.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,11 +43,22 @@ class Hook:
     freezes: ClassVar[bool] = False
     """Whether parameters stop and start to require a gradient; a sum over processes must not wait for theirs."""
 
+    teaches: bool = False
+    """Whether the model learns from a teacher: twice the work of a step, and only the own loop can do it."""
+
     def on_start(self, moment: Moment) -> None:
         """Act once before the first step (also of a resumed run, after the state is restored)."""
 
     def before_forward(self, moment: Moment) -> None:
         """Act before the forward pass of every micro-batch."""
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is its own teacher, where `teaches` holds.
+
+        The teacher learns the labels, and the model outside of the context learns the probabilities that the teacher
+        gives; both losses are added. The context is entered several times in a forward pass.
+        """
+        return nullcontext()
 
     def penalty(self, moment: Moment) -> Tensor | None:
         """Return a term to add to the loss, of the weights alone, or None; asked once per step."""

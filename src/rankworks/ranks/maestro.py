@@ -17,16 +17,22 @@ ranks are a model: `rw.set_rank(model, {"q_proj": 16})`. The released scripts ha
 5e-3, is far more than the loss of wide layers can hold against), threshold 1e-5. The tail's norm is taken of
 max(sum of squares, 1e-24), whose gradient is zero where the suffix is, and not NaN.
 
-Not here: the full pass, in which the cut model learns from the whole model's softmax. Hooks see weights and moments,
-never a batch, so the cut model learns from the labels (the released `no_full_pass`). Batch-norm statistics are those of
-cut layers: recompute them before evaluation (`torch.optim.swa_utils.update_bn`).
-Source: arXiv:2308.14929, sections 3 and 4, and the released sampler.
+The cut model learns the labels (`no_full_pass` of the released scripts). With `full_pass=True` the whole model learns
+them, and the cut one the probabilities that the whole one gives (both losses are added and reported as one):
+
+    L(whole, labels) + L(cut, softmax(whole))  +  penalty ...
+
+in the own loop, at twice the work. A fixed share of the ranks in all layers (the released `pufferfish`) is a smaller
+`rank` and sampler="none". Batch-norm statistics are those of cut layers: recompute them before evaluation
+(`torch.optim.swa_utils.update_bn`).
+Source: arXiv:2308.14929, sections 3 and 4, and the released code.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +65,7 @@ class MaestroRanks(RankSchedule):
     threshold: float = NonNegative(1e-5, "importance below which a tail is cut")
     every: int | None = Setting(None, "steps between cuts; None: once per epoch", ge=1)
     sampler: Literal["one", "all", "none"] = Setting("one", "which layers are cut to a drawn b in a step")
+    full_pass: bool = Setting(False, "the whole model learns the labels, and the cut one what the whole one says")
     seed: int = Setting(0, "seed of the draws", ge=0)
 
     def problems(self, settings: MethodSpec, shape: Shape) -> list[str]:
@@ -79,7 +86,7 @@ class OrderedDropout(Hook):
     """Its state: how far the shuffled pairs were gone through, and how many ranks of every layer are left."""
 
     def __init__(self, schedule: MaestroRanks, deltas: Mapping[str, Delta]):
-        self.schedule, self.deltas = schedule, list(deltas.values())
+        self.schedule, self.deltas, self.teaches = schedule, list(deltas.values()), schedule.full_pass
         self.layers = [pair_of(d) for d in self.deltas]
         self.widths = [pair.rank for pair in self.layers]
         self.pairs = Pairs(schedule.seed, self.widths)
@@ -92,6 +99,17 @@ class OrderedDropout(Hook):
             self.step, self.drawn = moment.step, self._draw(moment.step)
         for i, b in self.drawn.items():
             self.layers[i].nested = Nested(b, rescaled=False)
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """The whole model."""
+        cuts = [pair.nested for pair in self.layers]
+        self._rest()
+        try:
+            yield
+        finally:
+            for pair, cut in zip(self.layers, cuts, strict=True):
+                pair.nested = cut
 
     def penalty(self, moment: Moment) -> Tensor | None:
         """The lasso over the ranks that are left."""

@@ -5,13 +5,14 @@ The protocol itself, and when each moment comes, is `core.hooks`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from rankworks.core.errors import TrainingError
+from rankworks.core.errors import ConfigError, TrainingError
 from rankworks.core.hooks import Hook, Moment, method_hooks, optimizer_hooks
 from rankworks.train.tensors import read_tree, write_tree
 
@@ -48,6 +49,11 @@ class HookCallback(TrainerCallback):
         optimizer = keywords.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self.hooks = [*method_hooks(keywords["model"]), *optimizer_hooks(optimizer), *self.given]
+        if any(hook.teaches for hook in self.hooks):
+            raise ConfigError(
+                "a Trainer's loss knows the labels alone, and here the model learns from a teacher too: train with "
+                "rankworks' own loop, or set ranks.full_pass=false."
+            )
         if state.global_step > 0:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_hooks(self.hooks, read_tree(folder, self.FILE)["hooks"], str(folder))
@@ -80,6 +86,22 @@ class HookCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_tree(folder, self.FILE, {"hooks": hook_states(self.hooks)})
+
+
+def the_teacher(hooks: Sequence[Hook], checkpointing: bool) -> Callable[[], AbstractContextManager[None]] | None:
+    """Return the context of the hook that teaches, if there is one; raises `ConfigError` for what does not go with it.
+
+    checkpointing: activations are computed again in the backward pass, where the context is no longer open.
+    """
+    found = [hook.teacher for hook in hooks if hook.teaches]
+    if found and checkpointing:
+        raise ConfigError(
+            "with gradient checkpointing layers run again in the backward pass, where a teacher is the model it "
+            "teaches: set train.gradient_checkpointing=false, or ranks.full_pass=false."
+        )
+    if len(found) > 1:
+        raise ConfigError("two adapters each want to teach the model: set ranks.full_pass=false for one of them.")
+    return found[0] if found else None
 
 
 def add_penalties(hooks: Sequence[Hook], moment: Moment) -> None:

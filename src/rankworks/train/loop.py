@@ -41,7 +41,7 @@ from rankworks.train.checkpoint import (
 from rankworks.train.compiled import compiled
 from rankworks.train.config import OptimConfig, TrainConfig
 from rankworks.train.evaluating import Evaluating
-from rankworks.train.hooks import add_penalties, hook_states, restore_hooks
+from rankworks.train.hooks import add_penalties, hook_states, restore_hooks, the_teacher
 from rankworks.train.layerwise import Layerwise, Mode
 from rankworks.train.losses.objective import Objective
 from rankworks.train.memory import PeakMemory
@@ -111,6 +111,7 @@ class Loop:
         self.optimizer = make_optimizer(model, optim.name, optim.rate, **optim.settings())
         self.hooks = [*own, *optimizer_hooks(self.optimizer), *hooks]
         self.layerwise = Layerwise(self.optimizer, optim.name, self.hooks, self.world) if optim.layerwise else None
+        self.teacher = the_teacher(self.hooks, train.gradient_checkpointing)
         if train.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if any(hook.freezes for hook in self.hooks):  # or gradients would be waited for that do not come
@@ -237,7 +238,7 @@ class Loop:
             engaged = self.layerwise.doing(mode) if last and self.layerwise is not None else contextlib.nullcontext()
             with engaged, contextlib.nullcontext() if sums else self.accelerator.no_sync(self.objective):
                 batch = batch.to(self.device)
-                summed = self.objective(batch.inputs, batch.labels, batch.documents)
+                summed = self.objective(batch.inputs, batch.labels, batch.documents, self.teacher)
                 # Several processes average their gradients, so each share is multiplied by how many there are.
                 (summed * (self.world / learned)).backward()
             total += summed.detach().float()

@@ -27,51 +27,68 @@ CHUNK_BYTES = 128 * 2**20
 """Upper bound of one chunk's float32 logits; the peak is about three times that (logits, softmax, gradient)."""
 
 
+Answers = Callable[[Tensor], Tensor]
+"""Makes of a chunk of targets (rows, ...) what is to be predicted there: probabilities (rows, vocabulary)."""
+
+
 def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """Return how many positions fit in one chunk of float32 logits (at least one)."""
     return max(1, chunk_bytes // (4 * vocabulary))
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], rows: int
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    rows: int,
+    answers: Answers | None = None,
 ) -> Tensor:
     """Return the SUM of the cross-entropies of `head(hidden)` against `targets`, a float32 (or float64) scalar.
 
     hidden: (n, width), the states at labelled positions; targets: (n,), the ids that follow them; head: hidden states
-    to logits (n, vocabulary); parameters: the tensors the head uses that need a gradient; rows: positions in a chunk.
+    to logits (n, vocabulary); parameters: the tensors the head uses that need a gradient; rows: positions in a chunk;
+    answers: called on every chunk of targets (n, ...) where probabilities are to be predicted, and not ids.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trainable):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, rows, *trainable)  # type: ignore[return-value]
-    total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, rows, answers, *trainable)  # type: ignore[return-value]
+    total = hidden.new_zeros((), dtype=_wide_type(hidden.dtype))
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + _loss(h, t, head)
+        total = total + _loss(h, t, head, answers)
     return total
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in the type that losses are computed in."""
+    return logits.to(_wide_type(logits.dtype))
+
+
+def _wide_type(dtype: torch.dtype) -> torch.dtype:
     """Return the type losses are summed in: float64 stays, everything else is float32."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+def _loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], answers: Answers | None) -> Tensor:
     logits = head(hidden)  # (rows, vocabulary)
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="sum")
+    return F.cross_entropy(wide(logits), targets if answers is None else answers(targets), reduction="sum")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies whose gradients are made chunk by chunk in the forward pass (see the module)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, rows: int, *parameters: Tensor) -> Tensor:
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Any, rows: int, answers: Any, *parameters: Tensor
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=_wide_type(hidden.dtype))
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (n, width)
         of_parameters: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, hidden.shape[0], rows):
             h = hidden[start : start + rows].detach()
             h.requires_grad_(of_hidden is not None)
             with torch.enable_grad():
-                loss = _loss(h, targets[start : start + rows], head)
+                loss = _loss(h, targets[start : start + rows], head, answers)
             wanted = ([h] if of_hidden is not None else []) + list(parameters)
             gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))
             if of_hidden is not None:
@@ -91,4 +108,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (g,) = upstream
         of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * g.to(ctx.of_hidden.dtype)
         of_parameters = [None if p is None else p * g.to(p.dtype) for p in ctx.of_parameters]
-        return of_hidden, None, None, None, *of_parameters
+        return of_hidden, None, None, None, None, *of_parameters

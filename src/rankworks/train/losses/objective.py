@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankworks.train.batching.batches import Batch
 from rankworks.train.batching.documents import attends_by_document, document_inputs
 from rankworks.train.losses.heads import SplitModel, first_output, split_model
-from rankworks.train.losses.loss import CHUNK_BYTES, IGNORE, chunk_rows, chunked_cross_entropy
+from rankworks.train.losses.loss import CHUNK_BYTES, IGNORE, Answers, chunk_rows, chunked_cross_entropy, wide
 from rankworks.train.precision import Precision, autocast
 
 
@@ -36,30 +36,52 @@ class Objective(nn.Module):
         object.__setattr__(self, "split", split)  # parts of `model`, not submodules of their own
         object.__setattr__(self, "call", call)
 
-    def forward(self, inputs: dict[str, Any], labels: Tensor, documents: tuple[int, ...] | None = None) -> Tensor:
+    def forward(
+        self, inputs: dict[str, Any], labels: Tensor, documents: tuple[int, ...] | None = None, teacher: Any = None
+    ) -> Tensor:
         """Return the summed loss, a float32 scalar.
 
         labels: (rows, width), or (rows,) for a classifier. documents: the lengths in the one row, within `by_document`.
+        teacher: see `Hook.teacher`. The loss is then the teacher's against the labels and, added to it, the model's
+        against the probabilities that the teacher gives.
         """
         if documents is not None:
             if not attends_by_document(self.model):  # it would attend across all of them, and backwards
                 raise RuntimeError("a batch in one row needs a model within `by_document`")
             inputs = inputs | document_inputs(documents, labels.device)
+        where = None if labels.ndim == 1 else labels[:, 1:] != IGNORE  # the state at t predicts the token at t + 1
+        targets = labels if where is None else labels[:, 1:][where]  # (n,)
+        split = None if where is None or (self.whole_graph and torch.is_grad_enabled()) else self.split
         with autocast(labels.device, self.precision):
-            if labels.ndim == 1:
-                logits = self.call(**inputs).logits  # (rows, classes)
-                return F.cross_entropy(logits.float(), labels, reduction="sum")
-            where = labels[:, 1:] != IGNORE  # the state at t predicts the token at t + 1
-            targets = labels[:, 1:][where]  # (n,)
-            if self.split is None or (self.whole_graph and torch.is_grad_enabled()):
-                logits = self.model(**inputs, use_cache=False).logits[:, :-1][where]  # (n, vocabulary)
-                return F.cross_entropy(
-                    logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum"
-                )
-            hidden = first_output(self.call(**inputs, use_cache=False))[:, :-1][where]  # (n, width)
-            parameters = list(self.split.projection.parameters())
-            rows = chunk_rows(self.split.vocabulary, self.chunk_bytes)
-            return chunked_cross_entropy(hidden, targets, self.split.head, parameters, rows)
+            if teacher is None:
+                return self._against(targets, self._states(inputs, where, split), split)
+            with teacher():
+                known = self._states(inputs, where, split)
+                taught = self._against(targets, known, split)
+
+            def answers(states: Tensor) -> Tensor:
+                with torch.no_grad(), teacher():  # the head may be another one too
+                    return wide(states if split is None else split.head(states)).softmax(-1)
+
+            return taught + self._against(known.detach(), self._states(inputs, where, split), split, answers)
+
+    def _states(self, inputs: dict[str, Any], where: Tensor | None, split: SplitModel | None) -> Tensor:
+        """Return what a head that was split off reads at the n labelled positions, (n, width), or else the logits."""
+        if where is None:
+            return self.call(**inputs).logits  # (rows, classes)
+        if split is None:
+            return self.model(**inputs, use_cache=False).logits[:, :-1][where]  # (n, vocabulary)
+        return first_output(self.call(**inputs, use_cache=False))[:, :-1][where]
+
+    def _against(
+        self, targets: Tensor, states: Tensor, split: SplitModel | None, answers: Answers | None = None
+    ) -> Tensor:
+        """Return the summed cross-entropy of states (or logits) against classes, or what `answers` makes of targets."""
+        if split is None:
+            return F.cross_entropy(wide(states), targets if answers is None else answers(targets), reduction="sum")
+        parameters = list(split.projection.parameters())
+        rows = chunk_rows(split.vocabulary, self.chunk_bytes)
+        return chunked_cross_entropy(states, targets, split.head, parameters, rows, answers)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed loss of a batch, which is brought to the model's device."""
