@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -147,15 +148,29 @@ def learning(name: str, task: str) -> Callable[[], str]:
     def made() -> str:
         result = read(name)
         rows = result[task]
-        ranks = name == "ranks"
         head = "|> best rate |> trained numbers |> loss at the end |> below the first's |> steps to the first's end"
         lines = []
         for contender, row in rows.items():
             reached = between(row["steps_mean"], 1) if row["steps_mean"] else not_all(row["steps"])
-            mean = sum(r["mean"] for r in row["ranks"]) / len(row["ranks"]) if ranks else None
             cells = [f"`{contender}`", f"{row['rate']:g}", f"{row['trained']:,}", between(row["loss"])]
-            lines.append([*cells, between(row["below_plain"]), reached, *([f"{mean:.1f}"] if ranks else [])])
-        return markdown(head + (" |> mean rank at the end" if ranks else ""), lines) + where(result)
+            lines.append([*cells, between(row["below_plain"]), reached])
+        return markdown(head, lines) + where(result)
+
+    return made
+
+
+def budgets(task: str) -> Callable[[], str]:
+    """Return the table of rank schedules on one task."""
+
+    def made() -> str:
+        result = read("ranks")
+        lines = []
+        for contender, row in result[task].items():
+            ranks = [fmean(r["mean"] for r in row[what]) for what in ("ranks_trained", "ranks")]
+            cells = [f"`{contender}`", *(f"{mean:.1f}" for mean in ranks), f"{row['rate']:g}", between(row["loss"])]
+            lines.append([*cells, between(row["below_plain"])])
+        head = "|> mean rank training left |> as measured |> best rate |> loss at the end |> below plain LoRA's"
+        return markdown(head, lines) + where(result)
 
     return made
 
@@ -196,4 +211,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts-on-bbc": learning("inits_convergence", "bbc"),
     "starts-on-stdlib": learning("inits_convergence", "stdlib"),
     "starts-at-one-rate": at_one_rate("inits_convergence"),
+    "ranks-on-bbc": budgets("bbc"),
+    "ranks-on-stdlib": budgets("stdlib"),
 }
