@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plan.measure import peak_bytes
+from tests.plan.measure import peak_bytes, recorded_peak
 from torch import nn
 from transformers import AutoConfig
 
 import rankworks as rw
 from rankworks.core.errors import ConfigError
+from rankworks.core.hooks import method_hooks
 from rankworks.core.hub.shapes import get_shape
 from rankworks.plan import format_bytes, optimizer_bytes, parse_bytes
 from rankworks.plan.make import largest_batch
 from rankworks.plan.source import BUILDERS, open_source
 from rankworks.plan.trace import step_inputs, trace_step
+from rankworks.train.losses.objective import Objective
 from tiny import tiny_convnet, tiny_llama
 
 SMALLER: dict[str, dict[str, Any]] = {  # families at a size a test can run, and what their attention does on a CPU
@@ -71,6 +73,30 @@ def test_the_trace_agrees_with_the_allocator_for_every_form_of_change(delta: Any
 def test_the_trace_agrees_with_the_allocator_in_bfloat16(loss: str) -> None:
     real, planned = real_and_planned("llama-60m", "lora", torch.bfloat16, False, loss)
     assert planned == pytest.approx(real, rel=0.02)
+
+
+def test_a_model_that_teaches_itself_takes_two_passes_of_each() -> None:
+    """Against the training loop's own loss; without a cut the second is as wide as the first."""
+    ranks = {"ranks": "maestro", "sampler": "none", "full_pass": True}
+    shape = get_shape("llama-60m")
+    config = AutoConfig.for_model(shape.kind, **(shape.settings | SMALLER["llama-60m"]))
+    model = rw.adapt(BUILDERS[shape.task].from_config(config), "lora", rank=8, ranks=ranks)
+    model.train()
+    (hook,), objective = method_hooks(model), Objective(model)
+    ids = torch.randint(3, 1000, (2, 96))
+    real = recorded_peak(model, lambda: objective({"input_ids": ids}, ids, None, hook.teacher).backward())
+    source = open_source(model)
+    rw.adapt(source.model, "lora", rank=8, ranks=ranks)
+    given = step_inputs(source.model, 2, 96)
+    assert given is not None
+    planned = trace_step(source.model, given)
+    assert planned.peak == pytest.approx(real, rel=0.02)
+    rw.detach(source.model)
+    rw.adapt(source.model, "lora", rank=8)
+    alone = trace_step(source.model, given)
+    assert 2 * alone.flops < planned.flops < 2.5 * alone.flops  # the teacher's head is asked again, in chunks
+    with pytest.raises(ConfigError, match="gradient_checkpointing"):
+        rw.plan("llama-60m", "lora", rank=8, ranks=ranks, gradient_checkpointing=True)
 
 
 def test_attention_that_keeps_its_scores_is_planned_as_plain() -> None:

@@ -31,7 +31,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rankworks.core.errors import ConfigError
-from rankworks.train.losses.loss import chunk_rows, chunked_cross_entropy
+from rankworks.core.hooks import method_hooks
+from rankworks.train.hooks import the_teacher
+from rankworks.train.losses.loss import chunk_rows, chunked_cross_entropy, wide
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _GROUPED = torch.ops.aten._grouped_mm.default
@@ -157,13 +159,15 @@ def trace_step(
 ) -> Trace:
     """Run a forward and a backward pass of `model`, on the meta device, and return what it takes.
 
-    Where no parameter is trained there is the forward pass alone, as for a measurement of the loss.
+    Where no parameter is trained there is the forward pass alone, as for a measurement of the loss. Where the model
+    teaches itself (`Hook.teacher`) there are two of each, the second as wide as the first, which is the most it can be.
 
     inputs: keyword arguments or the one positional tensor; loss: "chunked" or "full" logits of a language model;
     checkpointing: recompute each layer's activations in the backward pass; fused: attention by a fused kernel;
     layerwise: each gradient is freed as soon as it is complete.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    taught = the_teacher(method_hooks(model), checkpointing) is not None
     given = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     watch = Watch([*model.parameters(), *model.buffers(), *given])
     done = _free if layerwise else watch.keep_gradient
@@ -174,6 +178,8 @@ def trace_step(
         with FusedAttention(watch) if fused else contextlib.nullcontext(), watch:
             with torch.set_grad_enabled(bool(trained)):
                 value = _loss(model, inputs, loss)
+                if taught:
+                    value = value + _loss(model, inputs, loss, taught)
             saved = watch.live
             if trained:
                 value.backward()
@@ -203,8 +209,11 @@ def _set_checkpointing(model: nn.Module, on: bool, context: Callable[[], Any]) -
         switch()
 
 
-def _loss(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, loss: str) -> Tensor:
-    """Return a scalar: cross-entropy of a language model or classifier, a sum for anything else."""
+def _loss(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, loss: str, taught: bool = False) -> Tensor:
+    """Return a scalar: cross-entropy of a language model or classifier, a sum for anything else.
+
+    taught: against probabilities in place of ids.
+    """
     if not isinstance(inputs, Mapping):
         return _first(model(inputs)).float().sum()
     head, ids = _head(model), inputs.get("input_ids")
@@ -213,10 +222,14 @@ def _loss(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, loss: str) ->
         return _first(model(**inputs, **keep)).float().sum()
     if loss == "chunked":
         hidden = _first(_backbone(model)(**inputs, use_cache=False)).flatten(0, 1)  # (tokens, width)
-        vocabulary = int(getattr(head, "out_features", 0)) or head.weight.shape[0]
-        return chunked_cross_entropy(hidden, ids.flatten(), head, list(head.parameters()), chunk_rows(vocabulary))
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    return F.cross_entropy(logits.float(), ids.flatten())
+        rows = chunk_rows(int(getattr(head, "out_features", 0)) or head.weight.shape[0])
+        parameters = list(head.parameters())
+        if not taught:
+            return chunked_cross_entropy(hidden, ids.flatten(), head, parameters, rows)
+        answers = torch.no_grad()(lambda states: wide(head(states)).softmax(-1))
+        return chunked_cross_entropy(hidden, hidden.detach(), head, parameters, rows, answers)
+    logits = wide(model(**inputs, use_cache=False).logits.flatten(0, 1))
+    return F.cross_entropy(logits, logits.detach().softmax(-1) if taught else ids.flatten())
 
 
 def _head(model: nn.Module) -> Any:
