@@ -95,8 +95,8 @@ def test_another_base_of_the_same_architecture_is_refused(saved):
 
 def test_another_shape_of_base_is_refused(saved):
     refuses(saved, FingerprintError, "another base model", tiny_llama(hidden=64))
-    refuses(saved, RankworksError, "no site called", tiny_gpt2())
-    refuses(saved, RankworksError, "no site called", tiny_llama(layers=1))
+    refuses(saved, RankworksError, "another base model: there is no site called", tiny_gpt2())
+    refuses(saved, RankworksError, "another base model: there is no site called", tiny_llama(layers=1))
 
 
 def test_a_full_module_the_model_lacks_is_refused(tmp_path):

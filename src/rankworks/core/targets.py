@@ -165,8 +165,9 @@ def find_named(model: nn.Module, names: Iterable[str], kinds: Sequence[str] = ()
             sites.append(_parts(Pattern.parse(name), whole)[0] if found else whole)
     if missing:
         raise TargetError(
-            f"the model has no site called {missing[0]!r}"
-            + (f" (nor {len(missing) - 1} more)." if missing[1:] else ".")
+            f"the adapter was made for another base model: there is no site called {missing[0]!r} here"
+            + (f" (nor {len(missing) - 1} more)" if missing[1:] else "")
+            + ". Load the base that the adapter's folder names."
         )
     return _ordered(sites, candidates)
 
