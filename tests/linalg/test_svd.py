@@ -139,6 +139,49 @@ def test_many_iterations_do_not_lose_the_small_singular_values() -> None:
     torch.testing.assert_close(s.double(), values[:3], rtol=2e-3, atol=0)
 
 
+def two_decompositions_an_iteration(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """The short side's singular vectors and the values, where both sides are made orthonormal in every iteration."""
+    short, long = (matrix, matrix.mT) if matrix.shape[0] <= matrix.shape[1] else (matrix.mT, matrix)
+    basis = torch.randn(short.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(matrix)
+    for side in [short, *[long, short] * iterations]:
+        basis = torch.linalg.qr(side @ basis).Q
+    u, s, _ = torch.linalg.svd(basis.mT @ short, full_matrices=False)
+    return basis @ u, s
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4, 10])
+@pytest.mark.parametrize("values", [(1, 1, 1, 1e-3), (1, 0.1, 0.01, 1e-3), (1, 1, 1, 1e-4), (1, 3e-2, 2e-3, 1e-4)])
+def test_one_decomposition_an_iteration_loses_nothing(values: tuple[float, ...], iterations: int) -> None:
+    """In float32 the smallest triplet is as exact as the two ends of the spectrum let it be, eps sigma_1 / sigma_r."""
+    spectrum = torch.cat([torch.tensor(values), values[-1] * torch.linspace(0.5, 0.01, 60)]).double()
+    bound = 2 * torch.finfo(torch.float32).eps * values[0] / values[-1]
+    for m, n in ((120, 90), (90, 120)):
+        matrix = with_spectrum(spectrum, m, n).float()
+        u, s, vh = randomised_svd(matrix, len(values), iterations)
+        vector, wanted = two_decompositions_an_iteration(matrix.double(), len(values), iterations)
+        assert abs(s[-1] / wanted[-1] - 1) < bound
+        found = (u if m <= n else vh.mT)[:, -1].double()
+        assert (found - vector[:, -1] * (vector[:, -1] @ found)).norm() < bound
+
+
+def test_the_short_side_is_made_orthonormal_and_the_long_one_at_the_first_and_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, qr = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: seen.append(len(matrix)) or qr(matrix))
+    for matrix in (normal(40, 30), normal(30, 40)):
+        seen.clear()
+        randomised_svd(matrix, 3, iterations=4)
+        assert seen == [30, 40, 30, 30, 30, 30, 40]
+
+
+def test_the_transpose_has_the_same_factors_the_other_way_round() -> None:
+    matrix = with_spectrum(torch.linspace(2, 1, 30, dtype=torch.float64), 40, 30)
+    (u, s, vh), (v, t, uh) = randomised_svd(matrix, 5, 2), randomised_svd(matrix.mT, 5, 2)
+    torch.testing.assert_close(s, t, rtol=1e-12, atol=0)
+    torch.testing.assert_close(product(u, s, vh), product(v, t, uh).mT, rtol=0, atol=1e-12)
+
+
 def test_the_same_generator_state_gives_the_same_factors_and_another_seed_others() -> None:
     matrix = with_spectrum(torch.linspace(2, 1, 30, dtype=torch.float64), 40, 30)
     one, two, other = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankworks.linalg.gram import leading_triplets
-from rankworks.linalg.thin import LEAST_OF_A_WEIGHT, thin
+from rankworks.linalg.thin import LEAST_OF_A_WEIGHT, by_thin
 
 SVD = tuple[Tensor, Tensor, Tensor]
 
@@ -20,8 +20,7 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """Flip each pair of singular vectors so that the largest-magnitude entry of the right one is positive."""
     if not vh.numel():
         return u, vh
-    largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)  # (r,)
-    signs = torch.where(largest < 0, -1.0, 1.0).to(vh.dtype)
+    signs = torch.where(vh.amax(dim=1) + vh.amin(dim=1) < 0, -1.0, 1.0).to(vh.dtype)  # (r,)
     return u * signs, vh * signs.unsqueeze(1)
 
 
@@ -46,31 +45,44 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 def randomised_svd(
     matrix: Tensor, rank: int, iterations: int = 4, oversample: int = 0, generator: torch.Generator | None = None
 ) -> SVD:
-    """Return an approximate rank-`rank` SVD of (m, n) by subspace iteration, orthonormalised at every half step.
+    """Return an approximate rank-`rank` SVD of W (m, n) by subspace iteration on its short side.
 
-    The work is (2 iterations + 2) products with a thin (n, rank + oversample) matrix. Test vectors are drawn on the
-    CPU from `generator` (one with seed 0 where none is given), so every device gives the same factors up to rounding.
+        Q <- orth(W probe),   `iterations` times  Q <- orth(W W^T Q),   then the SVD of the small core of W^T Q
+
+    for a wide W; a tall one is taken transposed. Works in (2 iterations + 2) products with a matrix of rank +
+    oversample columns. One QR in each iteration is enough after the first: a column of Q then lies near the span of the
+    singular directions of its own size, W^T makes it about as short as its singular value, and W W^T Q keeps as many
+    digits of each column as with W^T Q made orthonormal too, eps sigma_1 / sigma_r. A column of the first Q still holds
+    all directions, whose values squared would not fit beside each other.
+    Test vectors are drawn on the CPU from `generator` (one with seed 0 where none is given), so every device gives the
+    same factors up to rounding.
     Source: Halko, Martinsson and Tropp (2011), arXiv:0909.4061, algorithms 4.4 and 5.1.
     """
     exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     m, n = exact.shape
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
+    probe = torch.randn(max(m, n), width, generator=generator, dtype=torch.float32).to(exact)
+    multiply = by_thin(exact, LEAST_OF_A_WEIGHT)
 
     def onto_left(right: Tensor) -> Tensor:
-        return thin(exact, right.mT, LEAST_OF_A_WEIGHT)  # (m, width)
+        return multiply(exact, right.mT)  # (m, width)
 
     def onto_right(left: Tensor) -> Tensor:
-        return thin(left.mT, exact.mT, LEAST_OF_A_WEIGHT).mT  # (n, width); this way round it reads the matrix in order
+        return multiply(left.mT, exact.mT).mT  # (n, width); this way round it reads the matrix in order
 
-    basis = torch.linalg.qr(onto_left(probe)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(onto_right(basis)).Q
-        basis = torch.linalg.qr(onto_left(basis)).Q
-    right, left = torch.linalg.qr(onto_right(basis))  # (n, width), (width, width): a small SVD in place of a wide
-    small_u, s, small_vh = torch.linalg.svd(left.mT)
-    u, vh = fix_signs((basis @ small_u)[:, :rank], (small_vh @ right.mT)[:rank])
+    shorten, lengthen = (onto_left, onto_right) if m <= n else (onto_right, onto_left)
+    short = torch.linalg.qr(shorten(probe)).Q  # (min(m, n), width)
+    for step in range(iterations):
+        long = lengthen(short)
+        short = torch.linalg.qr(shorten(torch.linalg.qr(long).Q if step == 0 else long)).Q
+    long, core = torch.linalg.qr(lengthen(short))  # (max(m, n), width), (width, width): a small SVD in place of a wide
+    of_short, s, of_long = torch.linalg.svd(core.mT)
+    if m <= n:
+        u, vh = short @ of_short, of_long @ long.mT
+    else:
+        u, vh = long @ of_long.mT, of_short.mT @ short.mT
+    u, vh = fix_signs(u[:, :rank], vh[:rank])
     return u, s[:rank], vh
 
 

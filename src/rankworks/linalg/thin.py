@@ -13,6 +13,7 @@ another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -28,7 +29,16 @@ LEAST_OF_A_WEIGHT = 2**18
 def thin(a: Tensor, b: Tensor, least: int = LEAST_NUMBERS) -> Tensor:
     """Return a b^T (m, n) of a (m, k) and b (n, k), either of which may be the transposed view of another."""
     if max(a.numel(), b.numel()) >= least and _plain(a) and _plain(b) and _unwatched(a, b) and _serves():
-        return _onednn(a if a.shape[0] > b.shape[0] else a.contiguous(), b)
+        return _onednn(a, b)
+    return _mm(a, b)
+
+
+def by_thin(large: Tensor, least: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what makes a b^T of this large operand with many thin ones of its type, so that it is asked for once."""
+    return _onednn if large.numel() >= least and _plain(large) and _unwatched(large, large) and _serves() else _mm
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t()
 
 
@@ -63,4 +73,5 @@ def _serves() -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    a = a if a.shape[0] > b.shape[0] else a.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
