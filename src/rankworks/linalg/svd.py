@@ -45,15 +45,16 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 def randomised_svd(
     matrix: Tensor, rank: int, iterations: int = 4, oversample: int = 0, generator: torch.Generator | None = None
 ) -> SVD:
-    """Return an approximate rank-`rank` SVD of W (m, n) by subspace iteration on its short side.
+    """Return an approximate rank-`rank` SVD of W (m, n) by subspace iteration.
 
         Q <- orth(W probe),   `iterations` times  Q <- orth(W W^T Q),   then the SVD of the small core of W^T Q
 
-    for a wide W; a tall one is taken transposed. Works in (2 iterations + 2) products with a matrix of rank +
-    oversample columns. One QR in each iteration is enough after the first: a column of Q then lies near the span of the
-    singular directions of its own size, W^T makes it about as short as its singular value, and W W^T Q keeps as many
-    digits of each column as with W^T Q made orthonormal too, eps sigma_1 / sigma_r. A column of the first Q still holds
-    all directions, whose values squared would not fit beside each other.
+    in (2 iterations + 2) products with a matrix of rank + oversample columns. Of a tall W it is W^T Q that goes from
+    one iteration to the next: the same spaces, and what is made orthonormal is the short side. One QR in each iteration
+    is enough after the first: a column then lies near the span of the singular directions of its own size, the first
+    factor makes it about as short as its singular value, and the product of both keeps as many digits of each column as
+    if what stands between them had been made orthonormal too, eps sigma_1 / sigma_r. A column of the first Q still
+    holds all directions, whose values squared would not fit beside each other.
     Test vectors are drawn on the CPU from `generator` (one with seed 0 where none is given), so every device gives the
     same factors up to rounding.
     Source: Halko, Martinsson and Tropp (2011), arXiv:0909.4061, algorithms 4.4 and 5.1.
@@ -62,7 +63,7 @@ def randomised_svd(
     m, n = exact.shape
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    probe = torch.randn(max(m, n), width, generator=generator, dtype=torch.float32).to(exact)
+    probe = torch.randn(n, width, generator=generator, dtype=torch.float32).to(exact)
     multiply = by_thin(exact, LEAST_OF_A_WEIGHT)
 
     def onto_left(right: Tensor) -> Tensor:
@@ -71,18 +72,16 @@ def randomised_svd(
     def onto_right(left: Tensor) -> Tensor:
         return multiply(left.mT, exact.mT).mT  # (n, width); this way round it reads the matrix in order
 
-    shorten, lengthen = (onto_left, onto_right) if m <= n else (onto_right, onto_left)
-    short = torch.linalg.qr(shorten(probe)).Q  # (min(m, n), width)
+    tall = m > n
+    lengthen, shorten = (onto_left, onto_right) if tall else (onto_right, onto_left)
+    short = probe if tall else torch.linalg.qr(onto_left(probe)).Q  # (min(m, n), width)
     for step in range(iterations):
         long = lengthen(short)
         short = torch.linalg.qr(shorten(torch.linalg.qr(long).Q if step == 0 else long)).Q
-    long, core = torch.linalg.qr(lengthen(short))  # (max(m, n), width), (width, width): a small SVD in place of a wide
-    of_short, s, of_long = torch.linalg.svd(core.mT)
-    if m <= n:
-        u, vh = short @ of_short, of_long @ long.mT
-    else:
-        u, vh = long @ of_long.mT, of_short.mT @ short.mT
-    u, vh = fix_signs(u[:, :rank], vh[:rank])
+    left = torch.linalg.qr(onto_left(short)).Q if tall else short
+    right, core = torch.linalg.qr(onto_right(left))  # (n, width), (width, width): a small SVD in place of a wide
+    small_u, s, small_vh = torch.linalg.svd(core.mT)
+    u, vh = fix_signs((left @ small_u)[:, :rank], (small_vh @ right.mT)[:rank])
     return u, s[:rank], vh
 
 
