@@ -134,6 +134,32 @@ def test_during_training_the_reserve_is_counted_too() -> None:
     assert rw.trainable_parameters(model) == sum((1 + hook.add) * (a + b + 1) for a, b in SHAPES)
 
 
+@pytest.mark.parametrize("advance", [True, False])
+@pytest.mark.parametrize(
+    ("target", "add", "top"), [(4, 2, 2), (4, 1, 3), (3.25, 2, 4), (4, 5, 1), (2, 1, 4), (1, 1, 1)]
+)
+@pytest.mark.filterwarnings("ignore:increlora starts with its whole budget")
+def test_a_plan_counts_it_at_its_largest(target: float, add: int, top: int, advance: bool) -> None:
+    ranks = {"ranks": "increlora", "target": target, "add": add, "top": top, "advance": advance}
+    planned = rw.plan(
+        Four(), "lora", rank=1, targets="re:layers\\.\\d", ranks=ranks, example=torch.ones(2, 6), dtype="float32"
+    )
+    model, hook = four(target=target, add=add, top=top, advance=advance)
+    drive, seen, trained = Drive(model, hook, 40), [sum(ranks_of(hook))], [rw.trainable_parameters(model)]
+    while drive.done < 40:
+        drive.step()
+        seen.append(sum(ranks_of(hook)))
+        trained.append(rw.trainable_parameters(model))
+    assert planned.ranks == "increlora"
+    assert "lora with increlora on 4 sites" in str(planned)
+    if target == 1:
+        assert not planned.notes
+    else:
+        assert f"is counted at its largest, {max(seen)} ranks at 4 sites" in planned.notes[0]
+    alike = target == 1 or (top == 4 and max(seen) % 4 == 0)
+    assert not alike or planned.trainable_parameters == max(trained)
+
+
 def test_the_sites_with_the_highest_scores_grow_the_first_of_equal_ones() -> None:
     model, hook = four(window=0)
     drive = Drive(model, hook, 20)

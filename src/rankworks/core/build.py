@@ -64,13 +64,24 @@ def needs_of(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec) -> tu
 def allocated(
     resolved: list[tuple[Site, MethodSpec]], spec: AdaptSpec, evidence: Evidence
 ) -> list[tuple[Site, MethodSpec]]:
-    """Return the sites with the ranks that the initialiser and the rank schedule give them before the start."""
-    for other in (spec.init, spec.ranks):
-        if other is None or any(site.tensor.is_meta for site, _ in resolved):
-            continue
-        changes = other.method.cls(other).allocate(resolved, evidence)  # type: ignore[call-arg]
-        resolved = [(s, d.replace(**changes[s.name]) if changes.get(s.name) else d) for s, d in resolved]
+    """Return the sites with the ranks that the initialiser and the rank schedule give them before the start.
+
+    On the meta device, where there is nothing to share out by, those of the schedule at its largest.
+    """
+    shapes = any(site.tensor.is_meta for site, _ in resolved)
+    if not shapes:
+        resolved = _replaced(resolved, spec.init.method.cls(spec.init).allocate(resolved, evidence))  # type: ignore[call-arg]
+    if spec.ranks is not None:
+        schedule = spec.ranks.method.cls(spec.ranks)  # type: ignore[call-arg]
+        schedule.check(resolved)
+        resolved = _replaced(resolved, schedule.largest(resolved) if shapes else schedule.allocate(resolved, evidence))
     return resolved
+
+
+def _replaced(
+    resolved: list[tuple[Site, MethodSpec]], changes: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[Site, MethodSpec]]:
+    return [(s, d.replace(**changes[s.name]) if changes.get(s.name) else d) for s, d in resolved]
 
 
 def check(resolved: Iterable[tuple[Site, MethodSpec]], spec: AdaptSpec, evidence: Evidence | None = None) -> None:

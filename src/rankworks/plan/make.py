@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rankworks.core.adapt import adapt, detach
+from rankworks.core.build import resolve
 from rankworks.core.errors import ConfigError
+from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.registry import MethodSpec
 from rankworks.core.spec import AdaptSpec
+from rankworks.core.start import Init
 from rankworks.core.state import state_of
 from rankworks.plan.attempt import UntraceableError, attempt
 from rankworks.plan.result import NONE, Fit, Plan
@@ -124,6 +127,8 @@ class Change:
     sites: int = 0
     stored: int = 0  # in its file
     held: int = 0  # in memory, beside the base
+    ranks: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def plan_on(source: Source, spec: AdaptSpec, step: Step, memory: int | None) -> Plan:
@@ -143,10 +148,29 @@ def plan_on(source: Source, spec: AdaptSpec, step: Step, memory: int | None) -> 
             len(adapter.sites),
             _sum(adapter.tensors().values()),
             _sum(held),
+            spec.ranks.key if spec.ranks else "",
+            tuple(_other_ranks(model, spec)),
         )
         return _measure(source, change, step, memory)
     finally:
         detach(model)
+
+
+def _other_ranks(model: nn.Module, spec: AdaptSpec) -> Iterator[str]:
+    """What to know of an adapter whose ranks in a run are others than those of its settings."""
+    for other in (spec.init, spec.ranks):
+        allocate = getattr(other and other.method.cls, "allocate", None)
+        if allocate not in (None, Init.allocate, RankSchedule.allocate):
+            yield f"{other.key} shares the ranks out anew as a run starts, by data or weights: counted as they are set"
+    if spec.ranks is None:
+        return
+    largest = spec.ranks.method.cls(spec.ranks).largest(resolve(model, spec))  # type: ignore[call-arg]
+    if largest:
+        total = sum(changes["rank"] for changes in largest.values())
+        yield (
+            f"{spec.ranks.key} grows during a run and is counted at its largest, {total} ranks at {len(largest)} sites "
+            "evenly: which of them grow is only known from data"
+        )
 
 
 def plan_whole(source: Source, step: Step, memory: int | None) -> Plan:
@@ -167,7 +191,7 @@ def _measure(source: Source, change: Change, step: Step, memory: int | None) -> 
     states, asleep = optimizer_bytes(step.states, model), resting(step.states, model)
     weights, unpacked = held_bytes(step.states, model, source.weight_bytes) if whole else (source.weight_bytes, 0)
     fixed = weights + source.unpacked_bytes + unpacked + change.held + states
-    notes: list[str] = []
+    notes = list(change.notes)
     trace = fit = None
     if step.evaluations:  # at points around the weights, which are put back from a copy
         copies = _sum(trained)
@@ -201,6 +225,7 @@ def _measure(source: Source, change: Change, step: Step, memory: int | None) -> 
         sequence=step.sequence,
         gradient_checkpointing=step.checkpointing,
         layerwise=step.layerwise,
+        ranks=change.ranks,
         trainable_parameters=count,
         base_parameters=source.parameters,
         percent=100 * count / (source.parameters if whole else source.parameters + count),

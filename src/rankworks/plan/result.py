@@ -29,7 +29,8 @@ class Fit:
 class Plan:
     """What adapting and training a model costs; bytes unless it says otherwise.
 
-    delta is "none" where no adapter is put on the model and all of its weights are trained.
+    delta is "none" where no adapter is put on the model and all of its weights are trained. ranks is the key of the
+    rank schedule, if there is one; one that grows is counted at its largest.
 
     trainable_parameters: numbers trained; percent: their share of all, the adapter's included.
     adapter_bytes: what the adapter file holds; frozen_bytes: further tensors of the adapter in memory (shared random
@@ -64,6 +65,7 @@ class Plan:
     step_flops: int
     fit: Fit | None = None
     layerwise: bool = False
+    ranks: str = ""
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +82,9 @@ class Plan:
         """What is trained, in words."""
         if not self.adapts:
             return "every weight"
-        return f"{self.delta}{'' if self.init == 'default' else f' from {self.init}'} on {self.sites} sites"
+        delta = self.settings["inner"]["delta"] if self.delta == "gated" else self.delta  # the gates are the schedule's
+        start = "" if self.init == "default" else f" from {self.init}"
+        return f"{delta}{start}{f' with {self.ranks}' if self.ranks else ''} on {self.sites} sites"
 
     def __str__(self) -> str:
         head = f"{self.model} ({self.dtype}), {self.what}"

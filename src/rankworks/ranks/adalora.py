@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
-from rankworks.core.evidence import Evidence
 from rankworks.core.fields import NonNegative, Setting
 from rankworks.core.hooks import Hook, Moment
 from rankworks.core.ranks.gates import start_as_svd, steps_of
@@ -65,17 +64,14 @@ class AdaLoRA(RankSchedule):
     penalty: Form = Setting("released", "the penalty: mean of norms (released code) or sum of their squares (paper)")
     compact: bool = Setting(True, "remove the pruned ranks at the end of a run; the output stays")
 
-    def allocate(
-        self, resolved: Sequence[tuple[Site, MethodSpec]], evidence: Evidence
-    ) -> Mapping[str, Mapping[str, Any]]:
-        """Change nothing, and raise `ConfigError` where the budget would have to grow."""
+    def check(self, resolved: Sequence[tuple[Site, MethodSpec]]) -> None:
+        """Raise `ConfigError` where the budget would have to grow."""
         start, sites = sum(_gates(settings, site) for site, settings in resolved), len(resolved)
         if self.budget(start, sites) > start:
             raise ConfigError(
                 f"adalora prunes from {start} ranks at {sites} sites to ranks.target = {self.target:g} at each, which "
                 f"would be {self.budget(start, sites)}: raise rank, lower ranks.target, or grow with ranks=increlora."
             )
-        return {}
 
     def budget(self, start: int, sites: int) -> int:
         """Return how many ranks the sites have between them at the end, at least one."""

@@ -41,7 +41,6 @@ from torch import Tensor
 
 from rankworks.core.delta import Delta
 from rankworks.core.errors import ConfigError
-from rankworks.core.evidence import Evidence
 from rankworks.core.fields import NonNegative, Setting
 from rankworks.core.forms.lowrank import scale_of
 from rankworks.core.hooks import Hook, Moment
@@ -84,22 +83,42 @@ class IncreLoRA(RankSchedule):
     penalty: Form = Setting("released", "the penalty: mean of norms (released code) or sum of their squares (paper)")
     penalty_over: Literal["site", "chunks"] = Setting("site", "all ranks of a site, or those of a round by themselves")
 
-    def allocate(
-        self, resolved: Sequence[tuple[Site, MethodSpec]], evidence: Evidence
-    ) -> Mapping[str, Mapping[str, Any]]:
-        """Change nothing, and raise `ConfigError` where the budget is less than the start."""
-        start = sum(d.method.cls.factored_rank(d) for _, d in resolved)  # type: ignore[attr-defined]
+    def check(self, resolved: Sequence[tuple[Site, MethodSpec]]) -> None:
+        """Raise `ConfigError` where the budget is less than the start."""
+        start = _ranks(resolved)
         if self.budget(len(resolved)) < start:
             raise ConfigError(
                 f"increlora starts with {start} ranks at {len(resolved)} sites and ranks.target = {self.target:g} at "
                 f"each is {self.budget(len(resolved))}: lower rank (the paper starts with 1), raise "
                 "ranks.target, or prune with ranks=adalora."
             )
-        return {}
+
+    def largest(self, resolved: Sequence[tuple[Site, MethodSpec]]) -> Mapping[str, Mapping[str, Any]]:
+        """Before the last round every site has a reserve beside the ranks of all rounds but that; or at the end."""
+        sites, start = len(resolved), _ranks(resolved)
+        rounds = self.rounds(start, sites)
+        if not rounds:
+            return {}
+        last = start + (rounds - 1) * self.sites_a_round(sites) * self.ranks_a_site()
+        total = max(self.budget(sites), last + sites * self.ranks_a_site() * self.advance)
+        each, more = divmod(total, sites)
+        return {site.name: {"rank": each + (place < more)} for place, (site, _) in enumerate(resolved)}
 
     def budget(self, sites: int) -> int:
         """Return how many ranks the sites have between them at the end."""
         return round(self.target * sites)
+
+    def ranks_a_site(self) -> int:
+        """Return how many ranks a site gets at once."""
+        return self.add or max(1, int(self.target) // 2)
+
+    def sites_a_round(self, sites: int) -> int:
+        """Return how many sites grow in a round."""
+        return min(self.top or max(1, round(sites / 8)), sites)
+
+    def rounds(self, start: int, sites: int) -> int:
+        """Return how many rounds it takes from so many ranks to the budget."""
+        return math.ceil((self.budget(sites) - start) / (self.sites_a_round(sites) * self.ranks_a_site()))
 
     def prepare(self, delta: Delta) -> None:
         """Gates of zero between two live factors."""
@@ -108,6 +127,10 @@ class IncreLoRA(RankSchedule):
     def hook(self, deltas: Mapping[str, Delta]) -> Hook:
         """The growth."""
         return Growth(self, deltas)
+
+
+def _ranks(resolved: Sequence[tuple[Site, MethodSpec]]) -> int:
+    return sum(settings.method.cls.factored_rank(settings) for _, settings in resolved)  # type: ignore[attr-defined]
 
 
 class Growth(Hook):
@@ -120,8 +143,8 @@ class Growth(Hook):
         self.alpha = {key: pair_of(delta).alpha for key, delta in deltas.items()}
         self.first = dict(self.active)
         self.target = schedule.budget(len(deltas))
-        self.add = schedule.add or max(1, int(schedule.target) // 2)
-        self.top = min(schedule.top or max(1, round(len(deltas) / 8)), len(deltas))
+        self.add = schedule.ranks_a_site()
+        self.top = schedule.sites_a_round(len(deltas))
         self.seen: dict[str, Tensor] = {}
         self.mean, self.spread = (torch.zeros(len(deltas), dtype=torch.float64) for _ in range(2))
         self.fresh: list[dict[str, Any]] = []  # ranks with a learning rate of their own
@@ -154,7 +177,7 @@ class Growth(Hook):
         schedule, steps = self.schedule, moment.steps
         self.warmup = steps_of("ranks.warmup", schedule.warmup, steps)
         begin = sum(self.first.values())
-        rounds = math.ceil((self.target - begin) / (self.top * self.add))
+        rounds = schedule.rounds(begin, len(self.deltas))
         self.interval = schedule.interval or max(1, (steps // 2 - self.warmup) // rounds)
         possible = steps // self.interval - self.warmup // self.interval
         if possible < rounds:

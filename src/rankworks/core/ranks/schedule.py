@@ -2,7 +2,9 @@
 
 A subclass is registered with `@rank` and writes what it needs of
 
+    check       why the sites' ranks together are not what it can begin with
     allocate    other ranks for some sites, before anything is made (from the weights, or from evidence)
+    largest     the ranks at its largest, where it grows: what a run of it takes
     prepare     what a delta needs besides, right after its start
     hook        what happens during training (core/hooks.py); its state must make a resumed run go on bit for bit
 
@@ -47,10 +49,21 @@ class RankSchedule(HasSettings):
         """Return why it cannot act on a change of these settings at a weight of this shape."""
         return []
 
+    def check(self, resolved: Sequence[tuple[Site, MethodSpec]]) -> None:
+        """Raise `ConfigError` where the ranks of all sites together are not what it can begin with."""
+
     def allocate(
         self, resolved: Sequence[tuple[Site, MethodSpec]], evidence: Evidence
     ) -> Mapping[str, Mapping[str, Any]]:
         """Return settings to change before the start, {site name: {"rank": 5, "alpha": 2.5}}; often none."""
+        return {}
+
+    def largest(self, resolved: Sequence[tuple[Site, MethodSpec]]) -> Mapping[str, Mapping[str, Any]]:
+        """Return settings with which the changes are as large as a run makes them, {site name: {"rank": 9}}.
+
+        Often none: most start at their largest. Asked for where there are only shapes, to tell what a run takes. Where
+        it is not known which sites grow, an even spread.
+        """
         return {}
 
     def prepare(self, delta: Delta) -> None:
