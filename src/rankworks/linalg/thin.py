@@ -34,7 +34,7 @@ def thin(a: Tensor, b: Tensor, least: int = LEAST_NUMBERS) -> Tensor:
 
 
 def by_thin(large: Tensor, least: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what makes a b^T of this large operand with many thin ones of its type, so that it is asked for once."""
+    """Return the way `thin` goes with this large operand, to take it with many thin ones of its type without asking."""
     return _onednn if large.numel() >= least and _plain(large) and _unwatched(large, large) and _serves() else _mm
 
 
