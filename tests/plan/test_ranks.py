@@ -48,6 +48,15 @@ def test_a_run_never_trains_more_than_its_plan_says(key: str) -> None:
         assert trainable_parameters(loop.model) <= most.seen
 
 
+def test_a_method_keeps_its_name_where_a_schedule_puts_gates_between_its_factors() -> None:
+    plan = planned("lora", rank=4, ranks={"ranks": "adalora", "target": 2})
+    assert (plan.delta, plan.settings["rank"]) == ("lora", 4)
+    assert "lora with adalora on 6 sites" in str(plan)
+    assert planned("gated").delta == "gated"
+    table = rw.plan.compare(tiny_llama(), ["lora", "gated", "dora"], targets=["q_proj"], sequence=16, ranks="sora")
+    assert sorted(p.delta for p in table.plans) == ["dora", "gated", "lora"]
+
+
 def test_a_start_that_shares_ranks_out_is_named() -> None:
     assert planned("lora", init="eva").notes[0].startswith("eva shares the ranks out anew")
     assert planned("lora", init="pissa").notes == []

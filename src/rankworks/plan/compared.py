@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def compare(
         try:
             rank = {} if budget is None else {"rank": _nearest_rank(source.model, key, budget, settings)}
             spec = AdaptSpec.from_flat({"delta": key, **settings, **rank}, "plan")
-            plans.append(plan_on(source, spec, step, memory))
+            plans.append(replace(plan_on(source, spec, step, memory), delta=key))
         except RankworksError as error:
             if deltas is not None:  # named by the user: a silent gap would mislead
                 raise

@@ -140,10 +140,12 @@ def plan_on(source: Source, spec: AdaptSpec, step: Step, memory: int | None) -> 
         adapter = state.adapter("default")
         held = [t for d in adapter.deltas.values() for t in [*d.parameters(), *d.buffers()]]
         held += [t for m in [*adapter.full.values(), *state.banks.values()] for t in [*m.parameters(), *m.buffers()]]
+        wrapped = spec.ranks is not None and spec.delta.key == "gated"  # by the schedule
+        asked: Any = spec.delta.inner if wrapped else spec.delta
         change = Change(
-            spec.delta.key,
+            asked.key,
             spec.init.key,
-            spec.delta.model_dump(mode="json", exclude={"delta"}),
+            asked.model_dump(mode="json", exclude={"delta"}),
             spec.targets,
             len(adapter.sites),
             _sum(adapter.tensors().values()),

@@ -82,9 +82,8 @@ class Plan:
         """What is trained, in words."""
         if not self.adapts:
             return "every weight"
-        delta = self.settings["inner"]["delta"] if self.delta == "gated" else self.delta  # the gates are the schedule's
         start = "" if self.init == "default" else f" from {self.init}"
-        return f"{delta}{start}{f' with {self.ranks}' if self.ranks else ''} on {self.sites} sites"
+        return f"{self.delta}{start}{f' with {self.ranks}' if self.ranks else ''} on {self.sites} sites"
 
     def __str__(self) -> str:
         head = f"{self.model} ({self.dtype}), {self.what}"
