@@ -57,6 +57,16 @@ def test_inspect_with_the_model_tells_the_norm_of_every_change(finished: tuple[W
     assert "|change|" in said.err
 
 
+def test_inspect_calls_an_adapter_with_gates_by_what_was_asked_for(workshop: Workshop) -> None:
+    model, _ = rw.load_model(workshop.model)
+    rw.adapt(model, "lora", rank=3, ranks={"ranks": "adalora", "target": 2}, targets="q_proj")
+    rw.save(model, workshop.folder / "adalora")
+    assert "lora adapter with adalora" in rankworks("inspect", workshop.folder / "adalora").out
+    told = rankworks("inspect", workshop.folder / "adalora", "--json").json
+    assert (told["method"], told["settings"]["rank"], told["settings"]["ranks"]["target"]) == ("lora", 3, 2)
+    assert [(s["rank"], s["numbers"]) for s in told["sites"]] == [(3, 3 * 65)] * 2
+
+
 def test_inspect_lists_few_sites_or_all(workshop: Workshop) -> None:
     from rankworks.cli.inspect import FEW
 

@@ -17,6 +17,7 @@ from rankworks.train import Confusion, RunResult, Shown
 from rankworks.train.report import gather, interval, write_report
 from rankworks.train.report.charts import loss_chart, smoothed
 from rankworks.train.report.gather import per_class
+from rankworks.train.report.words import method
 
 CLASSES = ["sport", "a <b>bold</b> class"]
 CONFIG = {
@@ -94,6 +95,20 @@ def test_it_tells_the_numbers_of_the_run(tmp_path: Path) -> None:
         f"rankworks train {tmp_path / 'run' / 'config.yaml'}",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("adapt", "words"),
+    [
+        ({"delta": "dora"}, "DoRA"),
+        ({"delta": {"delta": "vera", "rank": 64}, "rank": 8}, "VeRA (rank 8)"),
+        ({"rank": 4, "init": {"init": "pissa", "iterations": 4}}, "LoRA (rank 4) from pissa"),
+        ({"ranks": {"ranks": "adalora", "target": 2}, "select": "layra"}, "LoRA, ranks by adalora, sites by layra"),
+        ({"delta": "mine", "init": None}, "mine"),
+    ],
+)
+def test_a_method_in_words(adapt: dict[str, Any], words: str) -> None:
+    assert method(adapt) == words
 
 
 def test_it_asks_the_network_for_nothing_and_runs_nothing_from_the_data(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def _read_ours(path: Path) -> Folder:
         }
         full = {name: SiteTensors(name) for name in meta.get("full", [])}
         settings = dict(meta["adapt"])
+        if settings.get("ranks") and settings["delta"] == "gated":  # the schedule's gates, around what was asked for
+            settings |= settings.pop("inner")
         trained, base, version = int(meta["parameters"]), str(meta.get("model", "")), str(meta.get("rankworks", ""))
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(

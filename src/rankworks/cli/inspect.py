@@ -57,7 +57,9 @@ def _show(out: Output, folder: Any, changes: dict[str, Any] | None, everything: 
     from rankworks.cli.base import made_with
     from rankworks.train.report.words import size
 
-    out.head(f"{folder.method} adapter, written by {folder.written_by}")
+    ranks = folder.settings.get("ranks")
+    schedule = f" with {ranks['ranks']}" if isinstance(ranks, dict) else ""
+    out.head(f"{folder.method} adapter{schedule}, written by {folder.written_by}")
     known = made_with(folder.path)
     rows = {
         "folder": short(folder.path),

@@ -9,13 +9,15 @@ if TYPE_CHECKING:
 
 
 def title(config: RunConfig) -> str:
-    """Return `smollm2-135m on bbc-news with LoRA`."""
+    """Return `smollm2-135m on bbc-news with LoRA (rank 16)`."""
     from rankworks.core.registry import methods
+    from rankworks.train.report.words import method
 
     data = config.data
     source = (data.name or data.path or data.train) if data else "no data"
     name = config.model.name if config.model else "no model"
     name += ", reshaped," if config.model and config.model.shape else ""
-    axis, key = ("delta", str(config.adapt.get("delta", "lora"))) if config.adapt else ("optimizer", config.optim.name)
-    method = next((m.title for m in methods(axis) if m.key == key), key)
-    return f"{name} on {source} with {method}" if config.adapt else f"all of {name} on {source} by {method}"
+    if config.adapt:
+        return f"{name} on {source} with {method(config.adapt)}"
+    optimizer = next((m.title for m in methods("optimizer") if m.key == config.optim.name), config.optim.name)
+    return f"all of {name} on {source} by {optimizer}"

@@ -340,7 +340,7 @@ def settings_title(spec: AdaptSpec) -> str:
     others = [spec.init.key] * (spec.init.key != "default") + [
         s.key for s in (spec.ranks, spec.select) if s is not None
     ]
-    title = spec.delta.method.title
+    title = spec.asked.method.title
     return f"{title} ({', '.join(others)})" if others else title
 
 

@@ -61,6 +61,11 @@ class AdaptSpec(Config):
                 object.__setattr__(self, "delta", gated)  # validated already: an assignment would do so again
         return self
 
+    @property
+    def asked(self) -> MethodSpec:
+        """The delta without the gates that the rank schedule acts through: what people call it by."""
+        return self.delta if self.ranks is None or self.delta.key != "gated" else self.delta.inner  # type: ignore[attr-defined]
+
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], where: str = "adapt") -> AdaptSpec:
         """Build from one flat mapping of the adapter's and the delta's settings; `ConfigError` names all problems."""

@@ -87,7 +87,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     size = sum(t.numel() * t.element_size() for t in adapter.tensors().values())
     trainable = sum(p.numel() for p in parameters)
     return Summary(
-        name, adapter.spec.delta.method.title, rows, full, trainable, base_parameters(model) + trainable, size
+        name, adapter.spec.asked.method.title, rows, full, trainable, base_parameters(model) + trainable, size
     )
 
 

@@ -98,7 +98,7 @@ def export_gguf(
         kind="gguf",
         path=path,
         adapter=adapter.name,
-        method=adapter.spec.delta.method.title,
+        method=adapter.spec.asked.method.title,
         sites=site_reports(found, {p.path: c.factors.A.shape[0] for p, c in found.items()}),
         bytes=size,
         verified=figure,
@@ -181,7 +181,7 @@ def _write(
     try:
         writer = gguf.GGUFWriter(temporary, architecture.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(f"{adapter.spec.delta.method.title} ({adapter.name})")
+        writer.add_name(f"{adapter.spec.asked.method.title} ({adapter.name})")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, array in arrays.items():

@@ -221,7 +221,7 @@ def _report(
         kind="merged",
         path=path,
         adapter=", ".join(a.name for a in adapters),
-        method=" + ".join(dict.fromkeys(a.spec.delta.method.title for a in adapters)),
+        method=" + ".join(dict.fromkeys(a.spec.asked.method.title for a in adapters)),
         sites=[SiteExport(key, None) for a in adapters for key in a.sites],
         bytes=folder_bytes(folder),
         verified=figure,

@@ -54,7 +54,7 @@ def plain_factors(adapter: Adapter, parts: list[Part], rank: int | None, energy:
         if part.bias() is not None:
             held = "kind='peft', which has a place for it (lora_bias), or " if part.key in ("lora", "hydra") else ""
             raise ExportError(
-                f"{adapter.spec.delta.method.title} also changes the bias of {part.path}, and a plain LoRA holds a "
+                f"{adapter.spec.asked.method.title} also changes the bias of {part.path}, and a plain LoRA holds a "
                 f"change of the weight alone: export with {held}kind='merged'."
             )
         exact = part.factors()

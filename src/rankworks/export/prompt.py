@@ -32,7 +32,7 @@ def export_prompt(
     (key, delta), *_ = adapter.deltas.items()
     if delta.kind != "front":
         raise ExportError(
-            f"{adapter.spec.delta.method.title} has no prompt: export with kind='lora' or kind='merged', or save it."
+            f"{adapter.spec.asked.method.title} has no prompt: export with kind='lora' or kind='merged', or save it."
         )
     made: dict[str, Tensor] = delta.cached()  # type: ignore[operator]
     tensors = {n: t.to("cpu", dtype or t.dtype).contiguous() for n, t in made.items()}
@@ -47,7 +47,7 @@ def export_prompt(
             kind="prompt",
             path=path,
             adapter=adapter.name,
-            method=adapter.spec.delta.method.title,
+            method=adapter.spec.asked.method.title,
             sites=[SiteExport(key, None)],
             bytes=folder_bytes(folder),
             verified=apart,

@@ -140,12 +140,10 @@ def plan_on(source: Source, spec: AdaptSpec, step: Step, memory: int | None) -> 
         adapter = state.adapter("default")
         held = [t for d in adapter.deltas.values() for t in [*d.parameters(), *d.buffers()]]
         held += [t for m in [*adapter.full.values(), *state.banks.values()] for t in [*m.parameters(), *m.buffers()]]
-        wrapped = spec.ranks is not None and spec.delta.key == "gated"  # by the schedule
-        asked: Any = spec.delta.inner if wrapped else spec.delta
         change = Change(
-            asked.key,
+            spec.asked.key,
             spec.init.key,
-            asked.model_dump(mode="json", exclude={"delta"}),
+            spec.asked.model_dump(mode="json", exclude={"delta"}),
             spec.targets,
             len(adapter.sites),
             _sum(adapter.tensors().values()),

@@ -47,7 +47,7 @@ def _family(adapter: Adapter, parts: list[Part]) -> Family:
     for family in FAMILIES.values():
         if key in family.deltas:
             return family
-    title = adapter.spec.delta.method.title
+    title = adapter.spec.asked.method.title
     raise ExportError(f"PEFT's formats written here do not hold {title} ({key}): {nearest_kind(parts)}.")
 
 
@@ -90,7 +90,7 @@ def write_folder(
             kind=kind,
             path=path,
             adapter=adapter.name,
-            method=adapter.spec.delta.method.title,
+            method=adapter.spec.asked.method.title,
             sites=written.sites,
             bytes=folder_bytes(folder),
             verified=figure,

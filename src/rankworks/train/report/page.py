@@ -13,7 +13,7 @@ from rankworks.train.report.charts import class_chart, loss_chart
 from rankworks.train.report.gather import Evidence, gather, interval
 from rankworks.train.report.pieces import answers, matrices, measures, shown, tiles
 from rankworks.train.report.shell import code, document, figure, pairs, section
-from rankworks.train.report.words import duration, size
+from rankworks.train.report.words import duration, method, size
 from rankworks.train.result import SHARES
 
 NAME = "report.html"
@@ -51,20 +51,13 @@ def render(evidence: Evidence, command: str | None = None) -> str:
 
 def headline(evidence: Evidence) -> str:
     """Return what was trained: `smollm2-135m on bbc-news with LoRA (rank 16)`."""
-    from rankworks.core.registry import methods
-
     adapt, data = evidence.config.get("adapt"), evidence.config.get("data") or {}
     source = data.get("name") or data.get("path") or data.get("train") or "its data"
     settings = evidence.config.get("model") or {}
     model = f"{settings.get('name', 'a model')}{', reshaped,' if settings.get('shape') else ''}"
     if adapt is None:
         return f"{model} on {source}, trained as a whole"
-    key = str(adapt.get("delta", "lora"))
-    title = next((m.title for m in methods("delta") if m.key == key), key)
-    title += f" (rank {adapt['rank']})" if "rank" in adapt else ""
-    init = adapt.get("init")
-    title += f" from {init.get('init') if isinstance(init, dict) else init}" if init else ""
-    return f"{model} on {source} with {title}"
+    return f"{model} on {source} with {method(adapt)}"
 
 
 def _header(evidence: Evidence, title: str) -> str:

@@ -1,6 +1,24 @@
-"""Amounts in the words people use."""
+"""Amounts and methods in the words people use."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def method(adapt: Mapping[str, Any]) -> str:
+    """Return what an `adapt` block says: `LoRA (rank 16) from pissa, ranks by adalora, sites by layra`."""
+    from rankworks.core.registry import methods
+
+    def key(axis: str) -> str:
+        chosen = adapt.get(axis) or ""
+        return str(chosen.get(axis, "") if isinstance(chosen, Mapping) else chosen)
+
+    delta = key("delta") or "lora"
+    words = next((m.title for m in methods("delta") if m.key == delta), delta)
+    words += f" (rank {adapt['rank']})" if "rank" in adapt else ""
+    others = {"init": " from ", "ranks": ", ranks by ", "select": ", sites by "}
+    return words + "".join(f"{joint}{key(axis)}" for axis, joint in others.items() if key(axis))
 
 
 def size(count: float) -> str:
