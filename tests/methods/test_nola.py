@@ -13,10 +13,10 @@ from facts import KINDS, adapted, backward, base_of, change_of, close, delta_of,
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.build import resolve
 from rankworks.core.errors import TargetError
 from rankworks.core.kernels import counter
 from rankworks.core.kernels.counter import basis, combine
+from rankworks.core.resolve import resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.plan.source import open_source
 

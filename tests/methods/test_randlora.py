@@ -25,8 +25,8 @@ from facts import (
 from torch import Tensor, nn
 
 import rankworks as rw
-from rankworks.core.build import resolve
 from rankworks.core.errors import ExportError, TargetError
+from rankworks.core.resolve import resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.plan.source import open_source
 

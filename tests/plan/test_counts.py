@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import rankworks as rw
-from rankworks.core.build import reasons_against, resolve
 from rankworks.core.errors import TargetError
+from rankworks.core.refuse import reasons_against
 from rankworks.core.registry import get, methods
+from rankworks.core.resolve import resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites
 from rankworks.plan.make import Step, plan_on

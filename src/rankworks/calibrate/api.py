@@ -13,11 +13,12 @@ from rankworks.calibrate.inputs import ApartError, Kept, Masks, Reader, masks_of
 from rankworks.calibrate.statistic import Statistic
 from rankworks.calibrate.statistics import STATISTICS
 from rankworks.calibrate.watch import quiet, watched
-from rankworks.core.build import check, needs_of, resolve
 from rankworks.core.errors import ConfigError, UnknownNameError, did_you_mean
 from rankworks.core.evidence import MEASURED, Evidence, Need, as_needs
 from rankworks.core.progress import track
+from rankworks.core.refuse import check
 from rankworks.core.registry import MethodSpec
+from rankworks.core.resolve import needs_of, resolve
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites

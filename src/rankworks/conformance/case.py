@@ -17,10 +17,11 @@ from rankworks.conformance import models
 from rankworks.conformance.errors import NotApplicable
 from rankworks.core.adapt import adapt
 from rankworks.core.block import BLOCKS
-from rankworks.core.build import needs_of, reasons_against, resolve
 from rankworks.core.errors import RankworksError
 from rankworks.core.evidence import Evidence
+from rankworks.core.refuse import reasons_against
 from rankworks.core.registry import Method, MethodSpec, methods
+from rankworks.core.resolve import needs_of, resolve
 from rankworks.core.site import KINDS, Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import Adapter, state_of

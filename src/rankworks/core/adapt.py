@@ -10,11 +10,13 @@ from torch import nn
 
 from rankworks.core import full as full_modules
 from rankworks.core import merge, shortcuts
-from rankworks.core.build import allocated, check, make_adapter, refuse_overlap, refuse_unreachable, resolve
+from rankworks.core.build import make_adapter
 from rankworks.core.errors import ConfigError
 from rankworks.core.evidence import Evidence
 from rankworks.core.layer import host_of, unwrap, wrap
+from rankworks.core.refuse import check, refuse_overlap, refuse_unreachable
 from rankworks.core.registry import MethodSpec
+from rankworks.core.resolve import allocated, resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import NAME, Adapter, State, check_name, state_of
 from rankworks.core.targets import find_modules

@@ -66,6 +66,14 @@ class AdaptSpec(Config):
         """The delta without the gates that the rank schedule acts through: what people call it by."""
         return self.delta if self.ranks is None or self.delta.key != "gated" else self.delta.inner  # type: ignore[attr-defined]
 
+    @property
+    def title(self) -> str:
+        """`LoRA (pissa)` and the like, for progress bars and messages."""
+        others = [self.init.key] * (self.init.key != "default")
+        others += [other.key for other in (self.ranks, self.select) if other is not None]
+        title = self.asked.method.title
+        return f"{title} ({', '.join(others)})" if others else title
+
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], where: str = "adapt") -> AdaptSpec:
         """Build from one flat mapping of the adapter's and the delta's settings; `ConfigError` names all problems."""

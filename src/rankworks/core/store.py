@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from rankworks.core import full as full_modules
 from rankworks.core import merge
 from rankworks.core.adapt import attach
-from rankworks.core.build import differences, make_adapter, refuse_overlap, with_differences
+from rankworks.core.build import differences, make_adapter, with_differences
 from rankworks.core.errors import ConfigError, StoreError, TargetError
 from rankworks.core.files import atomic_folder, recover
 from rankworks.core.fingerprint import compare, fingerprint
+from rankworks.core.refuse import refuse_overlap
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import NAME, Adapter, State, check_name, state_of
 from rankworks.core.targets import find_named

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankworks.core.build import check, resolve
 from rankworks.core.errors import ConfigError, RankworksError
 from rankworks.core.progress import track
+from rankworks.core.refuse import check
 from rankworks.core.registry import MethodSpec, methods
+from rankworks.core.resolve import resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.plan.make import ModelLike, Step, check_length, plan_on
 from rankworks.plan.result import Comparison, Plan

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rankworks.core.adapt import adapt, detach
-from rankworks.core.build import resolve
 from rankworks.core.errors import ConfigError
 from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.registry import MethodSpec
+from rankworks.core.resolve import resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.start import Init
 from rankworks.core.state import state_of
@@ -159,18 +159,21 @@ def plan_on(source: Source, spec: AdaptSpec, step: Step, memory: int | None) -> 
 def _other_ranks(model: nn.Module, spec: AdaptSpec) -> Iterator[str]:
     """What to know of an adapter whose ranks in a run are others than those of its settings."""
     for other in (spec.init, spec.ranks):
-        allocate = getattr(other and other.method.cls, "allocate", None)
-        if allocate not in (None, Init.allocate, RankSchedule.allocate):
+        if other is not None and _of_its_own(other, "allocate"):
             yield f"{other.key} shares the ranks out anew as a run starts, by data or weights: counted as they are set"
-    if spec.ranks is None:
-        return
-    largest = spec.ranks.method.cls(spec.ranks).largest(resolve(model, spec))  # type: ignore[call-arg]
-    if largest:
-        total = sum(changes["rank"] for changes in largest.values())
-        yield (
-            f"{spec.ranks.key} grows during a run and is counted at its largest, {total} ranks at {len(largest)} sites "
-            "evenly: which of them grow is only known from data"
-        )
+    if spec.ranks is not None and _of_its_own(spec.ranks, "largest"):
+        largest = spec.ranks.method.cls(spec.ranks).largest(resolve(model, spec))
+        if largest:
+            total = sum(changes["rank"] for changes in largest.values())
+            yield (
+                f"{spec.ranks.key} grows during a run and is counted at its largest, {total} ranks at {len(largest)} "
+                "sites evenly: which of them grow is only known from data"
+            )
+
+
+def _of_its_own(spec: MethodSpec, name: str) -> bool:
+    """Whether a start or schedule does more there than the class it is of, which does nothing."""
+    return getattr(spec.method.cls, name) not in (getattr(Init, name, None), getattr(RankSchedule, name))
 
 
 def plan_whole(source: Source, step: Step, memory: int | None) -> Plan:

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankworks.core.build import resolve
 from rankworks.core.delta import Delta, Factors
 from rankworks.core.draw import Draw
 from rankworks.core.errors import ConfigError
@@ -40,6 +39,7 @@ from rankworks.core.ranks.gates import start_at_random
 from rankworks.core.ranks.schedule import RankSchedule
 from rankworks.core.ranks.surgery import cut_closed, gated_of, pair_of, replace_ranks, settle
 from rankworks.core.registry import MethodSpec, build, rank
+from rankworks.core.resolve import resolve
 from rankworks.core.site import Shape, Site
 from rankworks.core.start import Place
 from rankworks.core.state import Adapter, state_of

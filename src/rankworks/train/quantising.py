@@ -16,10 +16,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rankworks.core.build import needs_of, resolve
 from rankworks.core.config import Config
 from rankworks.core.evidence import Evidence
 from rankworks.core.quantised import NAME
+from rankworks.core.resolve import needs_of, resolve
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.targets import find_sites
 from rankworks.quantize import quantise

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rankworks.core import full as full_modules
 from rankworks.core.adapt import attach
-from rankworks.core.build import check, make_adapter
+from rankworks.core.build import make_adapter
 from rankworks.core.errors import FingerprintError, StoreError, TargetError
+from rankworks.core.refuse import check
 from rankworks.core.site import Site
 from rankworks.core.spec import AdaptSpec
 from rankworks.core.state import NAME, Adapter, State

@@ -22,10 +22,12 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from rankworks.core.adapt import adapt, detach
-from rankworks.core.build import check, resolve, sharing
+from rankworks.core.build import sharing
 from rankworks.core.errors import ConfigError, DataError
 from rankworks.core.evidence import Evidence
 from rankworks.core.files import atomic_write
+from rankworks.core.refuse import check
+from rankworks.core.resolve import resolve
 from rankworks.core.scaled import refuse_weightless, scaled
 from rankworks.core.select import Searching
 from rankworks.core.spec import AdaptSpec
