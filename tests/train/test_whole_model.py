@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 import rankworks as rw
 from rankworks.cli.after import next_commands
 from rankworks.cli.app import app
-from rankworks.cli.words import title
 from rankworks.core.errors import ConfigError, StoreError, UnknownNameError
 from rankworks.train.api import run
 from rankworks.train.config import load_config
 from rankworks.train.report import write_report
-from rankworks.train.report.words import size
+from rankworks.train.report.words import headline, size
 from rankworks.train.result import RunResult
 from rankworks.train.whole import save_model
 from tiny import byte_tokenizer, tiny_llama
@@ -112,7 +111,9 @@ def test_a_shape_is_trained_byte_by_byte_and_what_is_tried_next_works(tmp_path: 
         texts = [json.dumps({"text": f"def f{i}(x):\n    return {i} * x  # naïve\n"}) for i in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
     result = run(config, progress=False)
-    assert title(load_config(config)).startswith("all of llama-60m, reshaped, on ")
+    words = headline(load_config(config).model_dump(mode="json"))
+    assert words.startswith("llama-60m, reshaped, on ")
+    assert ", trained as a whole by " in words
     assert result.losses[-1] < result.losses[0]
     assert result.optimizer_bytes == 8 * result.total_parameters  # two float32 moments a number
     assert RunResult.from_file(tmp_path / "out" / "result.json").optimizer_bytes == result.optimizer_bytes

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from rankworks.cli.output import Output, command, facts, short, table
-from rankworks.cli.words import title
 from rankworks.core.select import in_words
 from rankworks.train.rates.rate import MeasuredRate
 from rankworks.train.report import interval
-from rankworks.train.report.words import duration, size
+from rankworks.train.report.words import duration, headline, size
 from rankworks.train.result import SHARES
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ SHOWN = 3
 
 def show_result(out: Output, config: RunConfig, result: RunResult, report: Path | None) -> None:
     """Print the end of a run."""
-    out.head(title(config))
+    out.head(headline(config.model_dump(mode="json")))
     out.show(measures(result))
     if result.examples:
         out.head("before and after")

@@ -126,8 +126,8 @@ def read(path: Path, overrides: list[str], folder: Path | None = None) -> RunCon
 
 def _open(out: Output, config: RunConfig, resume: bool) -> None:
     """Say what is about to happen: loading takes seconds in which nothing else is seen."""
-    from rankworks.cli.words import title
     from rankworks.train.api import unfinished
+    from rankworks.train.report.words import headline
 
     latest = Path(str(config.output)) / "checkpoints" / "latest"
     again = resume and unfinished(config)
@@ -136,7 +136,9 @@ def _open(out: Output, config: RunConfig, resume: bool) -> None:
     if resume and not again and searched.is_file():
         step = f", going on with the search after its step {_step(searched)}"
     if _leads():
-        out.show(f"{title(config)}; everything is written to {short(str(config.output))}{step}")
+        out.show(
+            f"{headline(config.model_dump(mode='json'))}; everything is written to {short(str(config.output))}{step}"
+        )
 
 
 def _step(latest: Path) -> int:

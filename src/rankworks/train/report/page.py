@@ -13,7 +13,7 @@ from rankworks.train.report.charts import class_chart, loss_chart
 from rankworks.train.report.gather import Evidence, gather, interval
 from rankworks.train.report.pieces import answers, matrices, measures, shown, tiles
 from rankworks.train.report.shell import code, document, figure, pairs, section
-from rankworks.train.report.words import duration, method, size
+from rankworks.train.report.words import duration, headline, size
 from rankworks.train.result import SHARES
 
 NAME = "report.html"
@@ -33,7 +33,7 @@ def write_report(folder: str | Path, command: str | None = None) -> Path:
 
 def render(evidence: Evidence, command: str | None = None) -> str:
     """Return the page as text."""
-    title, confusion, loss = headline(evidence), evidence.result.confusion, loss_chart(evidence)
+    title, confusion, loss = headline(evidence.config), evidence.result.confusion, loss_chart(evidence)
     parts = [_header(evidence, title), section("What it cost", _cost(evidence))]
     if loss is not None:
         parts.append(section("Training", figure(loss, "Loss and learning rate of every step")))
@@ -47,17 +47,6 @@ def render(evidence: Evidence, command: str | None = None) -> str:
         parts.append(section("Answers before and after", answers(evidence.result.examples, confusion is not None)))
     parts += [section("Run it again", _again(evidence, command)), section("Where it ran", pairs(evidence.environment))]
     return document(title, "".join(parts))
-
-
-def headline(evidence: Evidence) -> str:
-    """Return what was trained: `smollm2-135m on bbc-news with LoRA (rank 16)`."""
-    adapt, data = evidence.config.get("adapt"), evidence.config.get("data") or {}
-    source = data.get("name") or data.get("path") or data.get("train") or "its data"
-    settings = evidence.config.get("model") or {}
-    model = f"{settings.get('name', 'a model')}{', reshaped,' if settings.get('shape') else ''}"
-    if adapt is None:
-        return f"{model} on {source}, trained as a whole"
-    return f"{model} on {source} with {method(adapt)}"
 
 
 def _header(evidence: Evidence, title: str) -> str:
